@@ -1,0 +1,85 @@
+"""The KVQ cache: one store of keys, values and exit queries for drafting and verification.
+
+Draft and verifier are layers of the same model, so there is one key/value store, not two. The draft leaves in it K and V
+of layers [0, E), and the hidden state that enters layer E for each of its rows: the exit query. The verifier starts from
+those, so layers [0, E) never run twice for a token (LayerSkip, arXiv 2404.16710, section 4.3).
+
+Everything is allocated once. A rejected token is forgotten by moving `length` back: nothing is copied or concatenated,
+what lies beyond `length` is dead and will be overwritten.
+
+                position   0 . . . . . . . . . . length . . . . . . . max_len
+    K, V  layer 0          [ live in all layers ][ draft rows of layers < E ]   dead
+          ...
+          layer L-1        [ live in all layers ][ written by verification  ]   dead
+    Q     exit queries                           [ row 0 .. row draft_len ]
+"""
+
+import torch
+from torch import Tensor
+
+VIEW = 64  # attention reads the cache in views whose length is a multiple of this
+
+
+class KVQCache:
+    """Keys and values (n_layers, n_kv_heads, max_len, head_dim) and exit queries (draft_len + 1, dim).
+
+    Knows nothing of tokens or models. max_len is rounded up to a multiple of VIEW. `length` counts the positions whose keys and values are live in every layer.
+    nbytes = 2 * n_layers * max_len * n_kv_heads * head_dim * itemsize + (draft_len + 1) * dim * itemsize.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        n_kv_heads: int,
+        head_dim: int,
+        dim: int,
+        max_len: int,
+        draft_len: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        max_len = self.view_len(max_len)
+        # Zeros, not empty: attention multiplies the dead part of a view by zero, and zero times NaN is NaN.
+        shape = (n_layers, n_kv_heads, max_len, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.queries = torch.zeros(draft_len + 1, dim, dtype=dtype, device=device)
+        self.layers = list(zip(self.keys.unbind(), self.values.unbind()))
+        self.max_len = max_len
+        self.length = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three buffers; all the memory that decoding holds on to."""
+        return self.keys.nbytes + self.values.nbytes + self.queries.nbytes
+
+    def view_len(self, end: int) -> int:
+        """Length of the view that covers positions [0, end): a function of `end` alone."""
+        return -(-end // VIEW) * VIEW
+
+    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
+        """Stores k and v (T, n_kv_heads, head_dim) of one layer at positions start..start+T-1, which must fit."""
+        keys, values = self.layers[layer]
+        keys[:, start : start + k.shape[0]] = k.transpose(0, 1)
+        values[:, start : start + v.shape[0]] = v.transpose(0, 1)
+
+    def read(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (n_kv_heads, end, head_dim) of one layer at positions [0, end): views, not copies."""
+        keys, values = self.layers[layer]
+        return keys[:, :end], values[:, :end]
+
+    def put_query(self, row: int, query: Tensor) -> None:
+        """Stores the exit query (dim,) of draft row `row`."""
+        self.queries[row] = query
+
+    def accept(self, rows: int) -> None:
+        """Makes the first `rows` rows after `length` live: they have been through every layer and stay."""
+        if not 0 <= self.length + rows <= self.max_len:
+            raise ValueError(f"cannot accept {rows} rows after {self.length} of {self.max_len} positions")
+        self.length += rows
+
+    def rewind(self, length: int) -> None:
+        """Forgets every position from `length` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot rewind to {length}: {self.length} positions are live")
+        self.length = length

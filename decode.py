@@ -1,0 +1,527 @@
+"""Self-speculative decoding: draft with the first E layers, verify with the rest, get the full model's bits.
+
+One round (LayerSkip, arXiv 2404.16710, section 4.3), with n tokens known and positions 0..n-2 in the cache:
+
+    draft     row i = 0..d runs token t_i (t_0 = x_{n-1}) through layers [0, E): keys, values and an exit query each;
+              t_{i+1} = pick(unembed(exit query i), position n+i)
+    verify    the d + 1 exit queries run through layers [E, L) in one pass: v_i = pick(logits_i, position n+i)
+    accept    v_0..v_a are emitted, where a is the number of leading i with t_{i+1} == v_i
+    rewind    the cache keeps positions 0..n-1+a
+
+Plain decoding is the same round with d = 0 and E = 0. The emitted token is always the verifier's, and `pick` is a pure
+function of (logits, seed, position): so the output is the full model's, greedy or sampled, whatever the draft said.
+
+    python decode.py --compare
+    python decode.py --ckpt DIR --exit 8 --draft 6 --prompt "def quicksort(" --max-new-tokens 256
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache import KVQCache
+from model import MAX_ROWS, PREFILL_ROWS, CheckpointError, Config, Llama, load_checkpoint
+from tokenizer import Stream, Tokenizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The one verification rule
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from logits. temperature 0 is greedy; top_k 0 and top_p 1 keep the whole vocabulary."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 (greedy) or positive, not {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or positive, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be from 0 to 2^64 - 1, not {self.seed}")
+
+
+@lru_cache(maxsize=2 * MAX_ROWS)
+def gumbel(seed: int, position: int, vocab: int) -> Tensor:
+    """Standard Gumbel noise (vocab,), float64: a pure function of its arguments, on every machine (Philox counter)."""
+    uniform = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position])).random(vocab)
+    return torch.from_numpy(-np.log(-np.log(uniform + 2.0**-54)))  # uniform is in [0, 1) by steps of 2^-53
+
+
+def keep_likely(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits (vocab,) with all but the top_k set to -inf, then all but the smallest set that holds probability top_p."""
+    if 0 < top_k < len(scaled):
+        scaled = scaled.masked_fill(scaled < scaled.topk(top_k).values[-1], -math.inf)
+    if top_p < 1:
+        ordered, index = scaled.sort(descending=True)
+        probability = ordered.softmax(-1)
+        unlikely = probability.cumsum(-1) - probability >= top_p  # never the first
+        scaled = scaled.index_fill(0, index[unlikely], -math.inf)
+    return scaled
+
+
+def next_token(logits: Tensor, position: int, sampling: Sampling) -> int:
+    """The token at `position`, given logits (vocab,): argmax(filter(logits / T) + gumbel(seed, position)).
+
+    By the Gumbel-max trick this is a sample of softmax(filter(logits / T)). Draft and verifier see the same noise, so
+    they agree whenever their distributions lead to the same token, and the verifier's token does not depend on the draft
+    (drafter-invariant speculative decoding, Daliri, Musco and Suresh, arXiv 2408.07978). Temperature 0: argmax(logits).
+    """
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    scaled = keep_likely(logits.double().cpu() / sampling.temperature, sampling.top_k, sampling.top_p)
+    return int((scaled + gumbel(sampling.seed, position, len(scaled))).argmax())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Draft, verify, accept
+
+
+@dataclass
+class Round:
+    """What one round did. tokens are ids; seconds are wall-clock time."""
+
+    drafted: list[int]
+    accepted: int  # how many of the drafted tokens were the verifier's too, from the first on
+    emitted: list[int]  # the verifier's tokens: the accepted ones and, unless the text ended with them, one more
+    logits: Tensor  # (len(emitted), vocab): the full model's logits that gave the emitted tokens
+    draft_seconds: float
+    verify_seconds: float
+
+
+Pick = Callable[[Tensor, int], int]  # (logits (vocab,), position) -> token
+
+
+def draft(
+    model: Llama, cache: KVQCache, token: int, exit_layer: int, limit: int, pick: Pick, min_confidence: float, eos
+) -> list[int]:
+    """Up to `limit` tokens after `token`, from the first exit_layer layers; the box "draft" of the module's docstring.
+
+    Leaves, for `token` and each drafted token, keys and values of layers [0, E) and an exit query. Drafting stops early
+    when the exit's top probability is at or below min_confidence; the doubtful token is not drafted (the second early
+    exit of Kangaroo, arXiv 2404.18911). Nothing is drafted after an EOS.
+    """
+    drafted = []
+    for row in range(limit + 1):
+        h = model.embed(torch.tensor([token], device=model.device))
+        h = model.run_layers(h, 0, exit_layer, cache, cache.length + row)
+        cache.put_query(row, h[0])
+        if row == limit or (drafted and token in eos):
+            break  # the last row only leaves what the verifier needs
+        logits = model.unembed(h)[0]
+        if min_confidence > 0 and torch.exp(logits.max() - logits.logsumexp(-1)) <= min_confidence:
+            break
+        token = pick(logits, cache.length + 1 + row)
+        drafted.append(token)
+    return drafted
+
+
+def verify(model: Llama, cache: KVQCache, tokens: list[int], exit_layer: int, depth: int) -> Tensor:
+    """Logits (len(tokens), vocab) after layer `depth` for tokens at the positions that follow the live ones: one pass.
+
+    Starts at exit_layer from the exit queries that the draft left, or at the embedding when exit_layer is 0.
+    """
+    h = cache.queries[: len(tokens)] if exit_layer else model.embed(torch.tensor(tokens, device=model.device))
+    return model.unembed(model.run_layers(h, exit_layer, depth, cache, cache.length))
+
+
+def accept(drafted: list[int], logits: Tensor, position: int, pick: Pick, eos) -> list[int]:
+    """The tokens that the full model emits from `position` on: its own, as long as the draft foresaw them, and one more.
+
+    logits (len(drafted) + 1, vocab). Nothing is emitted after an EOS.
+    """
+    emitted = []
+    for row, foreseen in enumerate([*drafted, None]):
+        token = pick(logits[row], position + row)
+        emitted.append(token)
+        if token != foreseen or token in eos:
+            break
+    return emitted
+
+
+@torch.inference_mode()
+def prefill(model: Llama, cache: KVQCache, tokens: list[int], depth: int) -> None:
+    """Runs tokens through the first `depth` layers after the live positions, PREFILL_ROWS at a time, and makes them live."""
+    for first in range(0, len(tokens), PREFILL_ROWS):
+        piece = tokens[first : first + PREFILL_ROWS]
+        model.run_layers(model.embed(torch.tensor(piece, device=model.device)), 0, depth, cache, cache.length)
+        cache.accept(len(piece))
+
+
+def new_cache(config: Config, length: int, draft_len: int, dtype: torch.dtype, device: torch.device) -> KVQCache:
+    """A KVQ cache for `length` positions of the model and drafts of draft_len tokens."""
+    return KVQCache(config.n_layers, config.n_kv_heads, config.head_dim, config.dim, length, draft_len, dtype, device)
+
+
+def generate(
+    model: Llama,
+    prompt_ids: list[int],
+    *,
+    exit_layer: int = 0,
+    draft_len: int = 6,
+    max_new_tokens: int = 128,
+    sampling: Sampling = Sampling(),
+    min_confidence: float = 0.0,
+    no_verify: bool = False,
+    eos: tuple[int, ...] | None = None,
+    cache: KVQCache | None = None,
+) -> Iterator[Round]:
+    """Decodes after prompt_ids, round by round; the tokens are those of the full model, whatever exit_layer is.
+
+    exit_layer    E, from 1 to L-1: draft with layers [0, E), verify with [E, L). 0: no draft, the full model alone.
+    draft_len     d, from 1 to MAX_ROWS - 1: the most tokens drafted in a round.
+    no_verify     early exit alone: every token is layer E's, unverified. Lossy.
+    eos           ids that end the text; default: the model's own. () never ends it.
+    cache         an empty cache to use instead of a new one (see new_cache), for a caller who wants to look into it.
+
+    Ends after max_new_tokens, after an EOS, or when the context is full. Packs the model for decoding, in place, if it is
+    not (Llama.pack). Raises ValueError, before the first round, on settings or a prompt that cannot run.
+    """
+    c = model.config
+    if not prompt_ids:
+        raise ValueError("the prompt is empty: give at least one token")
+    if not all(0 <= token < c.vocab_size for token in prompt_ids):
+        raise ValueError(f"the prompt has a token outside the model's vocabulary of {c.vocab_size}")
+    if len(prompt_ids) >= c.max_len:
+        raise ValueError(f"the prompt has {len(prompt_ids)} tokens, and the context of {c.max_len} leaves no room to go on")
+    if not 0 <= exit_layer < c.n_layers or (no_verify and exit_layer == 0):
+        raise ValueError(f"the exit layer must be from 1 to {c.n_layers - 1} (the model has {c.n_layers} layers), not {exit_layer}")
+    if not 1 <= draft_len < MAX_ROWS:
+        raise ValueError(f"the draft length must be from 1 to {MAX_ROWS - 1}, not {draft_len}")
+    if not 0 <= min_confidence < 1:
+        raise ValueError(f"the confidence must be from 0 (off) to below 1, not {min_confidence}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    end = min(len(prompt_ids) + max_new_tokens, c.max_len)
+    eos = c.eos if eos is None else eos
+    if cache is None:
+        cache = new_cache(c, end, draft_len, model.dtype, model.device)
+    if no_verify:
+        return _rounds(model.pack(), cache, list(prompt_ids), 0, exit_layer, 0, end, sampling, 0.0, eos)
+    return _rounds(model.pack(), cache, list(prompt_ids), exit_layer, c.n_layers, draft_len, end, sampling, min_confidence, eos)
+
+
+@torch.inference_mode()
+def _rounds(model, cache, tokens, exit_layer, depth, draft_len, end, sampling, min_confidence, eos) -> Iterator[Round]:
+    """The draft-verify loop; `depth` is the layer whose word counts (L, or E for unverified early exit)."""
+
+    def pick(logits: Tensor, position: int) -> int:
+        return next_token(logits, position, sampling)
+
+    prefill(model, cache, tokens[:-1], depth)
+    while len(tokens) < end:
+        started = time.perf_counter()
+        drafted = []
+        if exit_layer:
+            limit = min(draft_len, end - len(tokens) - 1)  # a round emits one token more than it drafts
+            drafted = draft(model, cache, tokens[-1], exit_layer, limit, pick, min_confidence, eos)
+        drafting_ended = time.perf_counter()
+        logits = verify(model, cache, tokens[-1:] + drafted, exit_layer, depth)
+        emitted = accept(drafted, logits, len(tokens), pick, eos)
+        cache.accept(len(emitted))  # rows beyond stay dead: this is the rewind
+        tokens += emitted
+        accepted = sum(a == b for a, b in zip(drafted, emitted))
+        verified = time.perf_counter()
+        yield Round(drafted, accepted, emitted, logits[: len(emitted)], drafting_ended - started, verified - drafting_ended)
+        if emitted[-1] in eos:
+            return
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+DEFAULT_CKPT = Path(__file__).parent / "checkpoints" / "pystdlib"
+DEFAULT_PROMPT = '''class Stack:
+    """A last-in, first-out stack."""
+
+    def __init__(self, items=None):
+        self._items = list(items or [])
+
+    def push(self, item):
+'''
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass
+class Run:
+    """Totals over the rounds of one generation."""
+
+    ids: list[int]
+    rounds: list[Round]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.ids) / self.seconds
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of drafted tokens that were accepted; None when nothing was drafted."""
+        drafted = sum(len(r.drafted) for r in self.rounds)
+        return sum(r.accepted for r in self.rounds) / drafted if drafted else None
+
+    def summary(self) -> str:
+        """The statistics, one line."""
+        parts = [f"{len(self.ids)} tokens in {self.seconds:.2f} s: {self.tokens_per_second:.0f} tokens/s"]
+        if self.acceptance is not None:
+            drafting, verifying = (sum(getattr(r, f) for r in self.rounds) for f in ("draft_seconds", "verify_seconds"))
+            parts.append(f"{self.acceptance:.0%} of {sum(len(r.drafted) for r in self.rounds)} drafted tokens accepted")
+            parts.append(f"{len(self.ids) / len(self.rounds):.2f} tokens per round")
+            parts.append(f"draft {drafting / self.seconds:.0%}, verify {verifying / self.seconds:.0%} of the time")
+        return " | ".join(parts)
+
+
+def run(rounds: Iterator[Round], on_round: Callable[[Round], None] = lambda r: None) -> Run:
+    """Runs a generation to its end, calling on_round after each round. Prefill counts as time; on_round does not."""
+    done, seconds, started = [], 0.0, time.perf_counter()
+    try:
+        for r in rounds:
+            seconds += time.perf_counter() - started
+            done.append(r)
+            on_round(r)
+            started = time.perf_counter()
+    except KeyboardInterrupt:
+        print("\n(stopped)", file=sys.stderr)
+    return Run([token for r in done for token in r.emitted], done, max(seconds, 1e-9))
+
+
+class Show:
+    """Streams rounds to stdout as text. On a terminal, tokens that the draft foresaw are green, the verifier's own blue."""
+
+    GREEN, BLUE, PLAIN, DIM = "\033[32m", "\033[94m", "\033[0m", "\033[2m"
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], drafts: bool):
+        self.stream = Stream(tokenizer, prompt_ids)
+        self.colour = drafts and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    def prompt(self, text: str) -> None:
+        if sys.stdout.isatty():
+            if self.colour:
+                print(f"{self.GREEN}drafted and accepted{self.PLAIN}, {self.BLUE}the verifier's own{self.PLAIN}\n", file=sys.stderr)
+            print(f"{self.DIM}{text}{self.PLAIN}" if self.colour else text, end="", flush=True)
+
+    def __call__(self, r: Round) -> None:
+        for place, token in enumerate(r.emitted):
+            self._print(self.stream.feed([token]), self.GREEN if place < r.accepted else self.BLUE)
+
+    def finish(self) -> None:
+        self._print(self.stream.finish(), self.BLUE)
+        print(flush=True)
+
+    def _print(self, text: str, colour: str) -> None:
+        if text:
+            print(f"{colour}{text}{self.PLAIN}" if self.colour else text, end="", flush=True)
+
+
+def auto_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def generation_defaults(ckpt: Path) -> dict:
+    """What generation_config.json says, under transformers' own keys: EOS ids, exit layer, draft length, confidence."""
+    try:
+        found = json.loads((ckpt / "generation_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{ckpt / 'generation_config.json'} cannot be read: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="decode.py",
+        description="Generate text from an early-exit Llama: draft with its first layers, verify with the rest. "
+        "The text is the full model's own, token for token. Text goes to stdout, statistics to stderr.",
+        epilog="Without arguments: the shipped checkpoint and a default prompt. Try --compare.",
+    )
+    p.add_argument("stdin", nargs="?", choices=["-"], help="- reads the prompt from standard input")
+    p.add_argument("--ckpt", type=Path, default=DEFAULT_CKPT, metavar="DIR", help="checkpoint directory (default: the shipped one)")
+    p.add_argument("--prompt", metavar="TEXT", help="text to go on from")
+    p.add_argument("--interactive", action="store_true", help="ask for a prompt, complete it, ask again; Ctrl-D ends")
+    p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to generate at most (default %(default)s)")
+    draft = p.add_argument_group("drafting (defaults come with the checkpoint)")
+    draft.add_argument("--exit", type=int, metavar="E", help="layers that the draft runs; few: fast, many: accepted more often")
+    draft.add_argument("--draft", type=int, metavar="D", help=f"tokens drafted per round at most, 1 to {MAX_ROWS - 1}")
+    draft.add_argument("--min-confidence", type=float, metavar="C", help="stop drafting when the exit's top probability is at or below C; 0: never")
+    mode = p.add_mutually_exclusive_group()
+    mode.add_argument("--full", action="store_true", help="the full model alone, one token per pass")
+    mode.add_argument("--no-verify", action="store_true", help="early exit alone: what the draft would say unchecked. Lossy")
+    mode.add_argument("--compare", action="store_true", help="also run the full model: is the text identical, how much faster was it?")
+    sample = p.add_argument_group("sampling (exactly reproducible from the seed, drafted or not)")
+    sample.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    sample.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest tokens; 0: all")
+    sample.add_argument("--top-p", type=float, default=1.0, metavar="P", help="choose among the likeliest tokens that hold probability P")
+    sample.add_argument("--seed", type=int, default=0)
+    engine = p.add_argument_group("engine")
+    engine.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 where the hardware multiplies it, else float32")
+    engine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda if there is one")
+    engine.add_argument(
+        "--no-exact",
+        action="store_true",
+        help="ordinary attention and row counts: can be faster, but speculative text may leave the full model's where two tokens nearly tie",
+    )
+    p.add_argument("--json", action="store_true", help="print the run as one JSON object instead of text")
+    return p
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    if args.stdin:
+        try:
+            return sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    text = DEFAULT_PROMPT if args.prompt is None else args.prompt
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("the prompt is not UTF-8 text") from None
+    return text
+
+
+def decode(args: argparse.Namespace) -> None:
+    """The command: load, generate, show."""
+    if args.interactive and (args.json or args.stdin or args.prompt is not None):
+        raise ValueError("--interactive asks for prompts; leave out --prompt, - and --json")
+    if args.stdin and args.prompt is not None:
+        raise ValueError("give the prompt once: --prompt or -")
+    text = None if args.interactive else read_prompt(args)
+    if text == "":
+        raise ValueError("the prompt is empty")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
+    if not args.ckpt.is_dir():
+        raise CheckpointError(f"no checkpoint directory at {args.ckpt}")
+    tokenizer = Tokenizer(args.ckpt)
+    model = load_checkpoint(args.ckpt, torch.bfloat16 if args.dtype == "auto" else DTYPES[args.dtype], device)
+    if args.dtype == "auto":
+        model = model.to(auto_dtype(model.config, device))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise CheckpointError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
+    model.pack(exact=not args.no_exact)
+    found = generation_defaults(args.ckpt)
+    exit_layer = args.exit if args.exit is not None else found.get("assistant_early_exit", max(1, model.config.n_layers // 4))
+    if not args.full and not 1 <= exit_layer < model.config.n_layers:
+        raise ValueError(f"--exit must be from 1 to {model.config.n_layers - 1} (the model has {model.config.n_layers} layers), not {exit_layer}")
+    eos = found.get("eos_token_id", model.config.eos)
+    settings = dict(
+        exit_layer=0 if args.full else exit_layer,
+        draft_len=args.draft if args.draft is not None else found.get("num_assistant_tokens", 6),
+        min_confidence=args.min_confidence if args.min_confidence is not None else found.get("assistant_confidence_threshold", 0.3),
+        no_verify=args.no_verify,
+        max_new_tokens=args.max_new_tokens,
+        sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
+        eos=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
+    )
+    if args.interactive:
+        converse(model, tokenizer, settings)
+        return
+    ids = tokenizer.encode(text)
+    full = {**settings, "exit_layer": 0, "no_verify": False}
+    if args.compare:  # both once for a few tokens, so that neither is timed cold
+        for warm in (settings, full):
+            run(generate(model, ids, **{**warm, "max_new_tokens": 16}))
+    rounds = generate(model, ids, **settings)
+    show = Show(tokenizer, ids, drafts=settings["exit_layer"] > 0 and not args.no_verify)
+    if not args.json:
+        show.prompt(text)
+    result = run(rounds, (lambda r: None) if args.json else show)
+    if not args.json:
+        show.finish()
+        print("\n" + result.summary(), file=sys.stderr)
+    compared = run(generate(model, ids, **full)) if args.compare else None
+    if compared and not args.json:
+        print("full model: " + compared.summary(), file=sys.stderr)
+        print(comparison(result, compared), file=sys.stderr)
+    if args.json:
+        shown = {**settings, "sampling": asdict(settings["sampling"]), "ckpt": str(args.ckpt), "prompt": text, "prompt_ids": ids}
+        shown.update(dtype=str(model.dtype).removeprefix("torch."), device=str(device), exact=not args.no_exact, threads=torch.get_num_threads())
+        print(json.dumps(as_json(result, tokenizer, ids, shown, compared)))
+
+
+def comparison(result: Run, full: Run) -> str:
+    """One sentence: the same tokens or not, and the ratio of the speeds."""
+    speedup = result.tokens_per_second / full.tokens_per_second
+    if result.ids == full.ids:
+        same = all(torch.equal(a, b) for a, b in zip(torch.cat([r.logits for r in result.rounds]), torch.cat([r.logits for r in full.rounds])))
+        return f"identical to the full model ({len(full.ids)} tokens{', logits equal to the last bit' if same else ''}), {speedup:.2f} times its speed"
+    first = next((i for i, (a, b) in enumerate(zip(result.ids, full.ids)) if a != b), min(len(result.ids), len(full.ids)))
+    return f"NOT identical to the full model, from token {first + 1} on; {speedup:.2f} times its speed"
+
+
+def as_json(result: Run, tokenizer: Tokenizer, prompt_ids: list[int], settings: dict, full: Run | None) -> dict:
+    """The run as one object for scripts; full_ids, identical and speedup only when the full model ran too."""
+    stream = Stream(tokenizer, prompt_ids)
+    found = {
+        "text": stream.feed(result.ids) + stream.finish(),
+        "ids": result.ids,
+        "rounds": [{"drafted": r.drafted, "accepted": r.accepted, "emitted": r.emitted} for r in result.rounds],
+        "settings": settings,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "acceptance": result.acceptance,
+    }
+    if full:
+        speedup = result.tokens_per_second / full.tokens_per_second
+        found.update(full_ids=full.ids, identical=result.ids == full.ids, speedup=speedup)
+    return found
+
+
+def converse(model: Llama, tokenizer: Tokenizer, settings: dict) -> None:
+    """Reads prompts until the end of input; a prompt that cannot run is said so, and the next one is asked for."""
+    while True:
+        try:
+            text = input("prompt> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            return
+        except UnicodeDecodeError:
+            raise ValueError("standard input is not UTF-8 text") from None
+        if not text:
+            continue
+        try:
+            ids = tokenizer.encode(text)
+            rounds = generate(model, ids, **settings)
+        except ValueError as error:
+            print(f"decode.py: {error}", file=sys.stderr)
+            continue
+        show = Show(tokenizer, ids, drafts=settings["exit_layer"] > 0 and not settings["no_verify"])
+        show.prompt(text)
+        result = run(rounds, show)
+        show.finish()
+        print(result.summary() + "\n", file=sys.stderr)
+
+
+def main() -> None:
+    try:
+        decode(parser().parse_args())
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of stdout has gone; nothing is left to say to it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1)
+        if isinstance(error, RuntimeError) and not str(error).startswith(("Expected one of", "Invalid device", "CUDA", "No CUDA", "Torch not compiled")):
+            raise
+        print(f"decode.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,513 @@
+"""A Llama in one file, with the three verbs that LayerSkip needs.
+
+    embed(tokens)                        (B, T) -> (B, T, dim)
+    run_layers(h, first, last, ...)      layers [first, last), over a batch or over a KVQ cache
+    unembed(h)                           (..., dim) -> (..., vocab): final norm and head, the g(.) of LayerSkip
+
+Plain decoding is embed, run_layers(0, L), unembed. Early exit is run_layers(0, E), unembed. Self-speculation drafts with
+run_layers(0, E) and verifies with run_layers(E, L). (LayerSkip, arXiv 2404.16710, section 4.)
+
+Two kinds of pass go through the same layers:
+
+    a batch of sequences   h is (B, T, dim), no cache: training, evaluation, reference logits
+    rows over a cache      h is (T, dim), rows at consecutive positions of one sequence: prefill and decoding
+
+Rows are where exactness lives. A row's result must not depend on how many rows share the pass, on their content, or on
+its place among them; then drafting and verifying in any grouping gives the bits that plain decoding gives. Everything
+that is not row-wise by nature is made so here: matrix products in `RowLinear`, attention in `row_attention`.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cache import KVQCache
+
+MAX_ROWS = 16  # the most rows of one decoding pass that is held to the bit; longer passes are prefill
+PREFILL_ROWS = 512  # a long prompt runs through the layers in pieces of this many rows, to bound memory
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, in one line: what is wrong and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape of a Llama. The comments give the key in Hugging Face's config.json."""
+
+    vocab_size: int
+    dim: int  # hidden_size
+    hidden_dim: int  # intermediate_size
+    n_layers: int  # num_hidden_layers
+    n_heads: int  # num_attention_heads
+    n_kv_heads: int  # num_key_value_heads
+    head_dim: int
+    max_len: int = 2048  # max_position_embeddings
+    norm_eps: float = 1e-5  # rms_norm_eps
+    rope_theta: float = 10000.0
+    tied: bool = False  # tie_word_embeddings
+    bos: int | None = None  # bos_token_id
+    eos: tuple[int, ...] = field(default=())  # eos_token_id: one or a list
+
+    def __post_init__(self):
+        for name in ("vocab_size", "dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise CheckpointError(f"config: {name} must be a positive whole number, not {value!r}")
+        if self.n_heads % self.n_kv_heads:
+            raise CheckpointError(f"config: {self.n_heads} heads do not divide into {self.n_kv_heads} key/value heads")
+        if self.head_dim % 2:
+            raise CheckpointError(f"config: head_dim must be even for rotary positions, not {self.head_dim}")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not (0 < value < math.inf):
+                raise CheckpointError(f"config: {name} must be a positive number, not {value!r}")
+
+    @classmethod
+    def from_json(cls, text: str) -> "Config":
+        """Config from the text of a Hugging Face config.json (both the dialect of transformers 4 and of 5)."""
+        try:
+            c = json.loads(text)
+        except ValueError as error:
+            raise CheckpointError(f"config.json is not JSON: {error}") from None
+        if not isinstance(c, dict):
+            raise CheckpointError("config.json is not a JSON object")
+        if c.get("model_type") != "llama":
+            raise CheckpointError(f"config.json: model_type must be 'llama', not {c.get('model_type')!r}")
+        for key in ("attention_bias", "mlp_bias", "quantization_config"):
+            if c.get(key):
+                raise CheckpointError(f"config.json: {key} is not supported")
+        if c.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"config.json: hidden_act {c['hidden_act']!r} is not supported, only silu")
+        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        if kind != "default":
+            raise CheckpointError(f"config.json: rope type {kind!r} is not supported")
+        try:
+            dim, heads, eos = c["hidden_size"], c["num_attention_heads"], c.get("eos_token_id")
+            if c.get("head_dim") is None and dim % heads:
+                raise CheckpointError(f"config: hidden_size {dim} does not divide into {heads} heads")
+            return cls(
+                vocab_size=c["vocab_size"],
+                dim=dim,
+                hidden_dim=c["intermediate_size"],
+                n_layers=c["num_hidden_layers"],
+                n_heads=heads,
+                n_kv_heads=c.get("num_key_value_heads") or heads,
+                head_dim=c.get("head_dim") or dim // heads,
+                max_len=c.get("max_position_embeddings", 2048),
+                norm_eps=c.get("rms_norm_eps", 1e-6),
+                rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
+                tied=bool(c.get("tie_word_embeddings", False)),
+                bos=c.get("bos_token_id"),
+                eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            )
+        except KeyError as error:
+            raise CheckpointError(f"config.json has no {error}") from None
+        except (TypeError, ZeroDivisionError) as error:
+            raise CheckpointError(f"config.json has a value of the wrong kind: {error}") from None
+
+    def to_json(self, dtype: torch.dtype) -> str:
+        """The text of a config.json that transformers 4 and 5 both read."""
+        return json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "vocab_size": self.vocab_size,
+                "hidden_size": self.dim,
+                "intermediate_size": self.hidden_dim,
+                "num_hidden_layers": self.n_layers,
+                "num_attention_heads": self.n_heads,
+                "num_key_value_heads": self.n_kv_heads,
+                "head_dim": self.head_dim,
+                "hidden_act": "silu",
+                "max_position_embeddings": self.max_len,
+                "rms_norm_eps": self.norm_eps,
+                "rope_theta": self.rope_theta,
+                "tie_word_embeddings": self.tied,
+                "bos_token_id": self.bos,
+                "eos_token_id": list(self.eos) if len(self.eos) != 1 else self.eos[0],
+                "torch_dtype": str(dtype).removeprefix("torch."),
+            },
+            indent=2,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matrix products whose rows do not see each other
+
+
+def safe_rows(product, in_features: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Smallest M such that `product` gives each row the same bits at every row count from M to MAX_ROWS.
+
+    BLAS picks its kernel, and with it the order of summation, by the number of rows. Which counts agree depends on the
+    library and on the processor, so it is measured on the machine at hand: random rows, first and last places.
+    Seen so far: bfloat16 and oneDNN's packed float32 agree from 1 or 2 on, MKL's float32 only at MAX_ROWS itself.
+    """
+    x = torch.randn(MAX_ROWS, in_features, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    full = product(x)
+    for rows in range(MAX_ROWS - 1, 0, -1):
+        if not (torch.equal(product(x[:rows]), full[:rows]) and torch.equal(product(x[-rows:]), full[-rows:])):
+            return rows + 1
+    return 1
+
+
+class RowLinear:
+    """x (T, in) -> (T, out), one or several linear layers of the same input in one product, row by row the same bits.
+
+    On a CPU the weight is packed once into oneDNN's blocked layout, which is both faster than the plain layout and less
+    sensitive to the row count (2048 x 8192 on a Zen 4 pair of cores, bfloat16: 0.54 ms against 1.67 for one row, 1.2
+    against 1.8 for eight). A pass with fewer rows than the layer's safe count is padded up to it.
+    """
+
+    probed: dict[tuple, int] = {}
+
+    def __init__(self, *layers: nn.Linear, exact: bool = True):
+        weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
+        weight = weight.detach()
+        self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
+        mkldnn_types = (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+        packs = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and weight.dtype in mkldnn_types
+        packs = packs and (exact or weight.dtype != torch.float32)  # one float32 row of a small layer is faster in MKL
+        if packs:
+            weight, linear = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise
+            self.product = lambda x: linear(x, weight, None, "none", [], "")
+        else:
+            self.product = lambda x: F.linear(x, weight)
+        key = (self.shape, self.dtype, str(self.device), torch.get_num_threads())
+        if exact and key not in self.probed:
+            self.probed[key] = safe_rows(self.product, self.shape[1], self.dtype, self.device)
+        self.min_rows = self.probed[key] if exact else 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        short = self.min_rows - x.shape[0]
+        if short <= 0 or x.dim() > 2:
+            return self.product(x)
+        return self.product(F.pad(x, (0, 0, 0, short)))[: x.shape[0]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention: the only place where positions meet
+
+
+def rotary_tables(config: Config, length: int) -> tuple[Tensor, Tensor]:
+    """cos and signed sin (length, head_dim), float32, so that rotate(x) = x cos + swap(x) sin. (RoFormer, 2104.09864.)"""
+    inverse_frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), inverse_frequency)
+    return torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on x (..., T, heads, head_dim), halves paired as Hugging Face pairs them; cos, sin (T, 1, head_dim)."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def batch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of whole sequences: q (B, T, H, hd), k and v (B, T, Hkv, hd) -> (B, T, H, hd)."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+class CachedAttention:
+    """Attention of T rows at positions start..start+T-1 over a KVQ cache, the same for every layer of one pass.
+
+    Exact passes (T <= MAX_ROWS) treat the rows as a *batch* of single-row queries over the one cache: keys and values are
+    expanded, not copied, each row has its own mask row, and a row at position p sees a view of the cache whose length
+    depends on p alone (the next multiple of cache.VIEW). So every row meets the same shapes whichever pass computes it.
+    The query heads that share a key/value head are the rows of its small matrix products; a model without sharing is
+    given a second, idle query row, because one-row products (GEMV) in MKL change bits with the batch size.
+
+    Other passes, prefill and exact=False, are one ordinary attention with a causal mask.
+    """
+
+    def __init__(self, cache: KVQCache, start: int, rows: int, dtype: torch.dtype, exact: bool):
+        self.cache, self.start, self.rows = cache, start, rows
+        device = cache.keys.device
+        positions = torch.arange(start, start + rows, device=device)
+        self.row_by_row = exact and rows <= MAX_ROWS
+        view = cache.view_len(start + rows) if self.row_by_row else start + rows
+        dead = torch.arange(view, device=device) > positions[:, None]
+        self.mask = torch.zeros(rows, view, dtype=dtype, device=device).masked_fill_(dead, -math.inf)
+        self.slices = []  # (first row, last row, view length): rows that share a view length run together
+        if self.row_by_row:
+            first = 0
+            while first < rows:
+                view = cache.view_len(start + first + 1)
+                last = min(rows, view - start)
+                self.slices.append((first, last, view, self.mask[first:last, None, None, :view]))
+                first = last
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Writes k, v (T, Hkv, hd) into the cache, attends with q (T, H, hd); returns (T, H, hd)."""
+        self.cache.write(layer, self.start, k, v)
+        rows, heads, head_dim = q.shape
+        groups = k.shape[1]
+        q = q.view(rows, groups, heads // groups, head_dim)  # (T, Hkv, heads that share them, hd)
+        if not self.row_by_row:
+            keys, values = self.cache.read(layer, self.start + rows)
+            q = q.permute(1, 2, 0, 3).reshape(1, groups, -1, head_dim)  # heads that share keys: more query rows
+            mask = self.mask.repeat(heads // groups, 1)
+            out = F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=mask)
+            return out.view(groups, heads // groups, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, heads, head_dim)
+        if heads == groups:
+            q = q.expand(-1, -1, 2, -1)
+        out = []
+        for first, last, view, mask in self.slices:
+            keys, values = (x.expand(last - first, -1, -1, -1) for x in self.cache.read(layer, view))
+            out.append(F.scaled_dot_product_attention(q[first:last], keys, values, attn_mask=mask))
+        out = out[0] if len(out) == 1 else torch.cat(out)
+        return out[:, :, : heads // groups].reshape(rows, heads, head_dim)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model. Module and parameter names are Hugging Face's, so that a safetensors file loads and saves without a mapping.
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions. Input and output (..., T, dim)."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.heads = (c.n_heads, c.n_kv_heads, c.n_kv_heads)
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        self.qkv = self.out = None  # set by Llama.pack
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
+        qkv = self.qkv(x) if self.qkv else torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        n_heads, n_kv_heads, _ = self.heads
+        qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split((n_heads + n_kv_heads, n_kv_heads), -2)
+        q, k = rotate(qk, cos, sin).split((n_heads, n_kv_heads), -2)
+        return (self.out or self.o_proj)(attend(q, k, v).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202). Input and output (..., T, dim)."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.dim, c.hidden_dim, bias=False)
+        self.up_proj = nn.Linear(c.dim, c.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(c.hidden_dim, c.dim, bias=False)
+        self.gate_up = self.down = None  # set by Llama.pack
+
+    def forward(self, x: Tensor) -> Tensor:
+        # gate stays a strided view of the pair: SiLU then runs row by row. Over contiguous rows its vector loop ends in a
+        # scalar tail that rounds differently, in whichever row happens to be last.
+        gate_up = self.gate_up(x) if self.gate_up else torch.cat([self.gate_proj(x), self.up_proj(x)], -1)
+        gate, up = gate_up.chunk(2, -1)
+        return (self.down or self.down_proj)(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """One transformer layer: x + f_l(x) of the LayerSkip paper. Input and output (..., T, dim)."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.dim, c.norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.dim, c.norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, attend=batch_attention) -> Tensor:
+        h = h + self.self_attn(self.input_layernorm(h), cos, sin, attend)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Llama(nn.Module):
+    """Llama 1, 2 and 3 with an unembedding that every layer can use as an exit."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = nn.Module()  # the level that Hugging Face's parameter names have
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.model.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
+        self.model.norm = RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.head, self.exact = None, True  # set by pack
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def pack(self, exact: bool = True) -> "Llama":
+        """Turns the model, in place, into one that only decodes: fused and packed products, and the promise `exact`.
+
+        The plain weights are let go as their packed copies are made, so memory holds one set, and the model no longer
+        trains or saves. exact=True: decoding passes give a row the same bits whatever else is in the pass. exact=False
+        takes the fastest products and attention for the row count at hand; speculative text may then differ from
+        plain text where two tokens nearly tie. Returns the model; a second call does nothing.
+        """
+        if self.head is not None:
+            return self
+        for layer in self.model.layers:
+            a, m = layer.self_attn, layer.mlp
+            a.qkv, a.out = RowLinear(a.q_proj, a.k_proj, a.v_proj, exact=exact), RowLinear(a.o_proj, exact=exact)
+            m.gate_up, m.down = RowLinear(m.gate_proj, m.up_proj, exact=exact), RowLinear(m.down_proj, exact=exact)
+            del a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj
+        self.head, self.exact = RowLinear(self.lm_head, exact=exact), exact
+        del self.lm_head
+        return self
+
+    def rotary(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (rows, 1, head_dim) for positions from `start`, in the model's dtype, from a table that grows."""
+        end, table = start + rows, self._rotary
+        if table is None or len(table[0]) < end or table[0].dtype != self.dtype or table[0].device != self.device:
+            length = min(max(1 << (end - 1).bit_length(), 256), max(self.config.max_len, end))
+            table = tuple(x[:, None].to(self.device, self.dtype) for x in rotary_tables(self.config, length))
+            self._rotary = table
+        return table[0][start:end], table[1][start:end]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) or (T,) -> hidden states (B, T, dim) or (T, dim)."""
+        return self.model.embed_tokens(tokens)
+
+    def run_layers(self, h: Tensor, first: int, last: int, cache: KVQCache | None = None, start: int = 0) -> Tensor:
+        """Layers [first, last) on h, the input of layer `first`; returns the input of layer `last`, the same shape.
+
+        Without a cache: h (B, T, dim), whole sequences. With one: h (T, dim), rows at positions start..start+T-1 that see
+        what the cache holds of earlier positions and leave their own keys and values in it.
+        """
+        cos, sin = self.rotary(start, h.shape[-2])
+        if cache is None:
+            for layer in self.model.layers[first:last]:
+                h = layer(h, cos, sin)
+            return h
+        attention = CachedAttention(cache, start, h.shape[0], h.dtype, self.exact)
+        for index in range(first, last):
+            h = self.model.layers[index](h, cos, sin, lambda q, k, v: attention(index, q, k, v))
+        return h
+
+    def unembed(self, h: Tensor) -> Tensor:
+        """Hidden states (..., dim) after any layer -> logits (..., vocab): g(.) in LayerSkip, final norm then head."""
+        return (self.head or self.lm_head)(self.model.norm(h))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) -> logits (B, T, vocab) of the full model."""
+        return self.unembed(self.run_layers(self.embed(tokens), 0, self.config.n_layers))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: config.json and safetensors, in Hugging Face's layout
+
+
+def load_checkpoint(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
+    """A Llama from a directory with config.json and model.safetensors, or shards and model.safetensors.index.json.
+
+    Tensors stream from the mapped file one at a time and are cast as they land. dtype None keeps the stored type.
+    Raises CheckpointError, one line, when the directory does not hold a whole, finite Llama.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint directory at {path}")
+    config = Config.from_json(_read_text(path / "config.json"))
+    with torch.device("meta"):
+        model = Llama(config)
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    missing = set(wanted)
+    for file in _weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    if name == "lm_head.weight" and config.tied or name.endswith("rotary_emb.inv_freq"):
+                        continue
+                    if name not in wanted:
+                        raise CheckpointError(f"{file.name}: unexpected tensor {name}")
+                    shape = tuple(tensors.get_slice(name).get_shape())
+                    if shape != wanted[name]:
+                        raise CheckpointError(f"{file.name}: {name} is {shape}, config.json says {tuple(wanted[name])}")
+                    tensor = tensors.get_tensor(name)
+                    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                        raise CheckpointError(f"{file.name}: {name} is stored as {tensor.dtype}, not as a float type")
+                    tensor = tensor.to(device, dtype or tensor.dtype, copy=True)
+                    if not tensor.sum(dtype=torch.float64).isfinite():
+                        raise CheckpointError(f"{file.name}: {name} holds NaN or infinite values")
+                    module, _, leaf = name.rpartition(".")
+                    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+                    missing.discard(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from None
+    if missing:
+        raise CheckpointError(f"{path} lacks the tensor {min(missing)}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
+    if config.tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval()
+
+
+def save_checkpoint(model: Llama, path: str | Path) -> None:
+    """Writes config.json and model.safetensors, which load here and in transformers. Each file replaces the old one whole."""
+    if model.head is not None:
+        raise ValueError("a packed model holds no plain weights to save; save it before pack()")
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}  # tied weights come once
+    aside = path / "model.safetensors.new"
+    save_file(weights, aside, metadata={"format": "pt"})
+    with open(aside, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path / "model.safetensors")
+    aside = path / "config.json.new"
+    aside.write_text(model.config.to_json(model.dtype) + "\n")
+    os.replace(aside, path / "config.json")
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint directory; shards as the index names them."""
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".pth", ".bin", ".pt"))
+        if pickles:
+            raise CheckpointError(f"{path} holds pickled weights ({pickles[0]}), which can run code; convert to safetensors")
+        raise CheckpointError(f"{path} has neither model.safetensors nor model.safetensors.index.json")
+    try:
+        names = sorted(set(json.loads(_read_text(index))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index} is not an index of safetensors shards") from None
+    for name in names:
+        if Path(name).name != name or not (path / name).is_file():
+            raise CheckpointError(f"{index.name} names the shard {name!r}, which is not in {path}")
+    return [path / name for name in names]
