@@ -330,7 +330,7 @@ class Show:
             print(f"{colour}{text}{self.PLAIN}" if self.colour else text, end="", flush=True)
 
 
-def auto_dtype(config: Config, device: torch.device) -> torch.dtype:
+def auto_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it, else float32."""
     if device.type == "cuda":
         return torch.bfloat16
@@ -412,9 +412,7 @@ def decode(args: argparse.Namespace) -> None:
     if not args.ckpt.is_dir():
         raise CheckpointError(f"no checkpoint directory at {args.ckpt}")
     tokenizer = Tokenizer(args.ckpt)
-    model = load_checkpoint(args.ckpt, torch.bfloat16 if args.dtype == "auto" else DTYPES[args.dtype], device)
-    if args.dtype == "auto":
-        model = model.to(auto_dtype(model.config, device))
+    model = load_checkpoint(args.ckpt, auto_dtype(device) if args.dtype == "auto" else DTYPES[args.dtype], device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
     model.pack(exact=not args.no_exact)
@@ -462,8 +460,9 @@ def comparison(result: Run, full: Run) -> str:
     """One sentence: the same tokens or not, and the ratio of the speeds."""
     speedup = result.tokens_per_second / full.tokens_per_second
     if result.ids == full.ids:
-        same = all(torch.equal(a, b) for a, b in zip(torch.cat([r.logits for r in result.rounds]), torch.cat([r.logits for r in full.rounds])))
-        return f"identical to the full model ({len(full.ids)} tokens{', logits equal to the last bit' if same else ''}), {speedup:.2f} times its speed"
+        same_bits = torch.equal(*(torch.cat([r.logits for r in run.rounds]) for run in (result, full)))
+        bits = ", logits equal to the last bit" if same_bits else ""
+        return f"identical to the full model ({len(full.ids)} tokens{bits}), {speedup:.2f} times its speed"
     first = next((i for i, (a, b) in enumerate(zip(result.ids, full.ids)) if a != b), min(len(result.ids), len(full.ids)))
     return f"NOT identical to the full model, from token {first + 1} on; {speedup:.2f} times its speed"
 

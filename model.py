@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from cache import KVQCache
 
 MAX_ROWS = 16  # the most rows of one decoding pass that is held to the bit; longer passes are prefill
+ALIGNED = 64  # elements; the widest vector that BLAS aligns to is 64 bytes
 PREFILL_ROWS = 512  # a long prompt runs through the layers in pieces of this many rows, to bound memory
 
 
@@ -149,27 +150,35 @@ class Config:
 # Matrix products whose rows do not see each other
 
 
-def safe_rows(product, in_features: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Smallest M such that `product` gives each row the same bits at every row count from M to MAX_ROWS.
+def safe_rows(product, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Smallest M such that `product` gives each row the same bits at every row count from M to MAX_ROWS, in every place.
 
     BLAS picks its kernel, and with it the order of summation, by the number of rows. Which counts agree depends on the
-    library and on the processor, so it is measured on the machine at hand: random rows, first and last places.
-    Seen so far: bfloat16 and oneDNN's packed float32 agree from 1 or 2 on, MKL's float32 only at MAX_ROWS itself.
+    library and on the processor, so it is measured on the machine at hand, with random rows in all places.
+    Seen so far: bfloat16 and oneDNN's packed float32 agree from 1 or 2 on, MKL's float32 only at MAX_ROWS itself, and
+    MKL where rows are not aligned (12 columns of float64) nowhere. 0 says so: then each row must run alone.
     """
-    x = torch.randn(MAX_ROWS, in_features, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    full = product(x)
-    for rows in range(MAX_ROWS - 1, 0, -1):
-        if not (torch.equal(product(x[:rows]), full[:rows]) and torch.equal(product(x[-rows:]), full[-rows:])):
-            return rows + 1
-    return 1
+    smallest = 1
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1 + 64 // out_features):  # few outputs show few differences: try more inputs
+        x = torch.randn(MAX_ROWS, in_features, generator=generator).to(device, dtype)
+        full = product(x)
+        if not all(torch.equal(product(x.roll(by, 0)).roll(-by, 0), full) for by in (1, 2, MAX_ROWS // 2)):
+            return 0
+        for rows in range(MAX_ROWS - 1, smallest - 1, -1):
+            starts = [*range(0, MAX_ROWS - rows, rows), MAX_ROWS - rows]
+            if not all(torch.equal(product(x[i : i + rows]), full[i : i + rows]) for i in starts):
+                smallest = rows + 1
+                break
+    return smallest
 
 
 class RowLinear:
     """x (T, in) -> (T, out), one or several linear layers of the same input in one product, row by row the same bits.
 
     On a CPU the weight is packed once into oneDNN's blocked layout, which is both faster than the plain layout and less
-    sensitive to the row count (2048 x 8192 on a Zen 4 pair of cores, bfloat16: 0.54 ms against 1.67 for one row, 1.2
-    against 1.8 for eight). A pass with fewer rows than the layer's safe count is padded up to it.
+    sensitive to the number of rows (2048 x 8192 on a Zen 4 pair of cores, bfloat16: 0.54 ms against 1.67 for one row, 1.2
+    against 1.8 for eight). A pass with fewer rows than `safe_rows` is padded up to it.
     """
 
     probed: dict[tuple, int] = {}
@@ -188,12 +197,16 @@ class RowLinear:
             self.product = lambda x: F.linear(x, weight)
         key = (self.shape, self.dtype, str(self.device), torch.get_num_threads())
         if exact and key not in self.probed:
-            self.probed[key] = safe_rows(self.product, self.shape[1], self.dtype, self.device)
+            self.probed[key] = safe_rows(self.product, self.shape[1], self.shape[0], self.dtype, self.device)
         self.min_rows = self.probed[key] if exact else 1
 
     def __call__(self, x: Tensor) -> Tensor:
         short = self.min_rows - x.shape[0]
-        if short <= 0 or x.dim() > 2:
+        if x.dim() > 2 or x.shape[0] > MAX_ROWS:
+            return self.product(x)
+        if self.min_rows == 0:
+            return torch.cat([self.product(row.clone()) for row in x.split(1)])  # a clone is aligned, a slice may not be
+        if short <= 0:
             return self.product(x)
         return self.product(F.pad(x, (0, 0, 0, short)))[: x.shape[0]]
 
@@ -228,7 +241,9 @@ class CachedAttention:
     expanded, not copied, each row has its own mask row, and a row at position p sees a view of the cache whose length
     depends on p alone (the next multiple of cache.VIEW). So every row meets the same shapes whichever pass computes it.
     The query heads that share a key/value head are the rows of its small matrix products; a model without sharing is
-    given a second, idle query row, because one-row products (GEMV) in MKL change bits with the batch size.
+    given a second, idle query row, because one-row products (GEMV) in MKL change bits with the batch size. And each row
+    starts on a boundary of ALIGNED elements, as it does by itself in any usual head size: MKL's order of summation
+    also depends on the alignment of its operands.
 
     Other passes, prefill and exact=False, are one ordinary attention with a causal mask.
     """
@@ -263,7 +278,10 @@ class CachedAttention:
             out = F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=mask)
             return out.view(groups, heads // groups, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, heads, head_dim)
         if heads == groups:
-            q = q.expand(-1, -1, 2, -1)
+            q = q.repeat(1, 1, 2, 1)
+        if q.stride(0) % ALIGNED:
+            flat = q.flatten(1)
+            q = F.pad(flat, (0, -flat.shape[1] % ALIGNED))[:, : flat.shape[1]].view(q.shape)
         out = []
         for first, last, view, mask in self.slices:
             keys, values = (x.expand(last - first, -1, -1, -1) for x in self.cache.read(layer, view))

@@ -1,0 +1,25 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+# The same examples on every run; EXAMPLES=2000 make test looks further.
+settings.register_profile(
+    "fixed",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=int(os.environ.get("EXAMPLES", 100)),
+    suppress_health_check=list(HealthCheck),
+)
+settings.load_profile("fixed")
+
+
+@pytest.fixture(scope="session")
+def shipped() -> Path:
+    return ROOT / "checkpoints" / "pystdlib"

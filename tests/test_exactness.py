@@ -1,0 +1,174 @@
+"""The contract: speculative decoding gives the bits of full-model decoding."""
+
+import pytest
+import torch
+from helpers import reference_decode, tiny_config, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from decode import Sampling, generate, new_cache
+from model import MAX_ROWS, RowLinear, safe_rows
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+@st.composite
+def cases(draw):
+    """A random model, prompt and settings; max_len and the lengths are such that views of the cache, the end of the
+    context and the end of the budget are crossed inside rounds."""
+    n_layers, n_kv_heads = draw(st.integers(2, 8)), draw(st.sampled_from([1, 2, 3]))
+    config = tiny_config(
+        vocab_size=draw(st.sampled_from([5, 37, 200])),
+        dim=draw(st.sampled_from([12, 24, 50, 64])),
+        hidden_dim=draw(st.sampled_from([20, 33, 64, 100])),
+        n_layers=n_layers,
+        n_heads=n_kv_heads * draw(st.sampled_from([1, 2, 4])),
+        n_kv_heads=n_kv_heads,
+        head_dim=draw(st.sampled_from([4, 6, 16])),
+        max_len=draw(st.sampled_from([70, 150])),
+        tied=draw(st.booleans()),
+    )
+    exit_layer = draw(st.integers(1, n_layers - 1))
+    damping = draw(st.sampled_from([0.0, 0.03, 0.1, 0.3, 1.0]))
+    model = tiny_model(config, draw(st.integers(0, 99)), exit_layer, damping, draw(st.sampled_from(DTYPES)))
+    prompt = draw(st.lists(st.integers(0, config.vocab_size - 1), min_size=1, max_size=draw(st.sampled_from([1, 17, 66]))))
+    temperature = draw(st.sampled_from([0.0, 0.0, 0.4, 1.0, 2.0]))
+    sampling = Sampling(temperature, draw(st.sampled_from([0, 1, 4])), draw(st.sampled_from([1.0, 0.7])), draw(st.integers(0, 9)))
+    settings = dict(
+        exit_layer=exit_layer,
+        draft_len=draw(st.integers(1, 8)),
+        min_confidence=draw(st.sampled_from([0.0, 0.0, 0.3, 0.8])),
+        max_new_tokens=draw(st.sampled_from([1, 2, 9, 40, 80])),
+        eos=tuple(draw(st.lists(st.integers(0, config.vocab_size - 1), max_size=1))),
+    )
+    return model, prompt, sampling, settings
+
+
+def test_speculative_tokens_logits_and_cache_are_bitwise_the_full_models():
+    seen = set()
+
+    @given(cases())
+    def law(case):
+        model, prompt, sampling, settings = case
+        model.pack()
+        tokens, logits, reference = reference_decode(model, prompt, settings["max_new_tokens"], sampling, settings["eos"])
+        cache = new_cache(model.config, model.config.max_len, settings["draft_len"], model.dtype, model.device)
+        emitted, rows = [], []
+        for r in generate(model, prompt, sampling=sampling, cache=cache, **settings):
+            emitted += r.emitted
+            rows.append(r.logits)
+            assert r.accepted in (len(r.emitted), len(r.emitted) - 1)
+            assert cache.length == len(prompt) + len(emitted) - 1
+            live = slice(0, cache.length)
+            assert torch.equal(cache.keys[:, :, live], reference.keys[:, :, live])
+            assert torch.equal(cache.values[:, :, live], reference.values[:, :, live])
+            if r.drafted:
+                seen.add("all" if r.accepted == len(r.drafted) else "some" if r.accepted else "none")
+        assert emitted == tokens
+        assert torch.equal(torch.cat(rows), logits)
+
+    law()
+    assert seen == {"all", "some", "none"}, "the examples must cover full, partial and no acceptance"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_that_equals_the_full_model_is_always_accepted(dtype, temperature):
+    """With later layers that add nothing, exit and full logits are the same: whatever rejects a token then is a bug in the
+    draft (a wrong position of its noise, a missing key), which the output alone cannot show."""
+    model = tiny_model(tiny_config(), damp_from=2, damping=0.0, dtype=dtype)
+    rounds = list(generate(model, [3, 1, 4], exit_layer=2, draft_len=5, max_new_tokens=60, sampling=Sampling(temperature, seed=5), eos=()))
+    assert [len(r.drafted) for r in rounds] == [5] * 10
+    assert all(r.accepted == len(r.drafted) for r in rounds)
+
+
+def test_a_confident_draft_stops_before_the_doubtful_token():
+    model = tiny_model(tiny_config(), damp_from=2, damping=0.1)
+    kept = [r for r in generate(model, [3, 1], exit_layer=2, draft_len=8, max_new_tokens=80, min_confidence=0.25, eos=())]
+    lengths = {len(r.drafted) for r in kept}
+    assert min(lengths) < 8 and len(lengths) > 2
+    probe = tiny_model(tiny_config(), damp_from=2, damping=0.1)
+    tokens = [3, 1]
+    for r in kept:  # by a full recomputation: every drafted token had more than 0.25 at the exit, the one after it had not
+        for more in range(len(r.drafted) + 1):
+            h = probe.run_layers(probe.embed(torch.tensor([tokens + r.drafted[:more]])), 0, 2)
+            top = probe.unembed(h)[0, -1].softmax(-1).max().item()
+            if more < len(r.drafted):
+                assert top > 0.25 - 1e-4
+            elif len(r.drafted) < 8 and len(tokens) + more < 2 + 80 - 1:
+                assert top <= 0.25 + 1e-4
+        tokens += r.emitted
+
+
+@given(cases())
+def test_early_exit_alone_is_the_first_layers_own_decoding(case):
+    model, prompt, sampling, settings = case
+    model.pack()
+    tokens, logits, _ = reference_decode(
+        model, prompt, settings["max_new_tokens"], sampling, settings["eos"], depth=settings["exit_layer"]
+    )
+    rounds = list(generate(model, prompt, sampling=sampling, no_verify=True, **settings))
+    assert [t for r in rounds for t in r.emitted] == tokens
+    assert torch.equal(torch.cat([r.logits for r in rounds]), logits)
+
+
+@pytest.mark.parametrize("limit", range(1, 12))
+def test_a_round_never_emits_past_the_budget_the_context_or_the_end_of_text(limit):
+    model = tiny_model(tiny_config(max_len=40), damp_from=1, damping=0.0)
+    settings = dict(exit_layer=1, draft_len=5)
+    run = lambda prompt, **more: [t for r in generate(model, prompt, **settings, **more) for t in r.emitted]
+    assert len(run([7], max_new_tokens=limit, eos=())) == limit
+    assert len(run([7] * (40 - limit), max_new_tokens=99, eos=())) == limit
+    free = run([7], max_new_tokens=30, eos=())
+    ended = run([7], max_new_tokens=30, eos=(free[limit],))
+    assert ended == free[: free.index(free[limit]) + 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64, 96), (256, 640), (192, 2048), (100, 33), (2048, 256)])
+def test_a_packed_product_gives_a_row_the_same_bits_in_any_company(dtype, shape):
+    inner, outer = shape
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(inner, outer, bias=False, dtype=dtype)
+    product = RowLinear(linear)
+    x = torch.randn(MAX_ROWS, inner, dtype=dtype)
+    with torch.inference_mode():
+        full = product(x)
+        for rows in range(1, MAX_ROWS + 1):
+            for first in range(0, MAX_ROWS - rows + 1, 3):
+                assert torch.equal(product(x[first : first + rows]), full[first : first + rows])
+        tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float64: 1e-12}[dtype]
+        assert torch.allclose(full, linear(x), atol=tolerance)
+
+
+def test_the_probe_finds_the_row_counts_whose_bits_differ():
+    """A product that sums in another order below five rows is found out, and five is the answer."""
+
+    def product(x):
+        terms = x * torch.linspace(-1, 1, x.shape[1])
+        return (terms if x.shape[0] >= 5 else terms.flip(-1)).cumsum(-1)[:, -1:]
+
+    assert safe_rows(product, 200, 1, torch.float64, torch.device("cpu")) == 5
+
+
+@pytest.mark.parametrize("bad", [
+    dict(exit_layer=4), dict(exit_layer=-1), dict(exit_layer=1, draft_len=0), dict(exit_layer=1, draft_len=MAX_ROWS),
+    dict(max_new_tokens=0), dict(exit_layer=1, min_confidence=1.0), dict(no_verify=True), dict(exit_layer=1, min_confidence=-0.1),
+])  # fmt: skip
+def test_settings_that_cannot_run_are_refused_before_the_first_round(bad):
+    with pytest.raises(ValueError):
+        generate(tiny_model(tiny_config()), [1, 2], **bad)
+
+
+@pytest.mark.parametrize("prompt", [[], [61], [-1], [0] * 256])
+def test_prompts_that_cannot_run_are_refused_before_the_first_round(prompt):
+    with pytest.raises(ValueError):
+        generate(tiny_model(tiny_config()), prompt)
+
+
+def test_the_probe_finds_a_product_whose_bits_depend_on_the_place():
+    def product(x):
+        terms = x * torch.linspace(-1, 1, x.shape[1])
+        return torch.stack([(row if i % 4 else row.flip(-1)).cumsum(-1)[-1:] for i, row in enumerate(terms)])
+
+    assert safe_rows(product, 200, 1, torch.float64, torch.device("cpu")) == 0
