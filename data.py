@@ -6,6 +6,7 @@ change of Python version.
 """
 
 import hashlib
+import re
 import sysconfig
 from pathlib import Path
 
@@ -90,13 +91,14 @@ def crops(tokens: np.ndarray, batch: int, length: int, seed: int, step: int) -> 
 
 
 def held_out_prompts(count: int, tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """`count` prompts of `length` tokens (BOS first), each the start of a function in a held-out file."""
-    prompts = []
+    """`count` prompts of `length` tokens (BOS first) from held-out files, each ending with the first line of a function.
+
+    They take turns: one from every file before a second from any.
+    """
+    places = []
     for text in read_texts([f for f in stdlib_files() if is_held_out(f)]):
-        place = text.find("\n    def ", len(text) // 3)
-        ids = tokenizer.encode(text[:place], bos=False) if place > 0 else []
-        if len(ids) >= length:
-            prompts.append([tokenizer.bos] + ids[-(length - 1) :])
-        if len(prompts) == count:
-            break
-    return prompts
+        heads = [m.end() for m in re.finditer(r"\n *def [^\n]*:\n", text) if m.end() > 8 * length]
+        picked = heads[len(heads) // 8 :: max(1, len(heads) // 4)][:4]
+        places += [(turn, text[: place]) for turn, place in enumerate(picked)]
+    places.sort(key=lambda p: p[0])
+    return [[tokenizer.bos] + tokenizer.encode(text[-8 * length :], bos=False)[1 - length :] for _, text in places[:count]]

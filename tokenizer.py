@@ -52,9 +52,8 @@ class Stream:
     def feed(self, ids: list[int]) -> str:
         self.window += ids
         text = self.tokenizer.decode(self.window)
-        settled = len(text.rstrip("\ufffd"))  # an unfinished character decodes to U+FFFD, at the end
-        if len(text) - settled > 3:  # UTF-8 has at most 4 bytes: a longer run is not a character in the making
-            settled = len(text)
+        # An unfinished character decodes to U+FFFD at the end, one for each of its bytes, which are at most three.
+        settled = max(len(text.rstrip("\ufffd")), len(text) - 3)
         new, self.printed = text[self.printed : settled], max(self.printed, settled)
         if settled == len(text) and len(self.window) > 4 * self.KEEP:
             self.window = self.window[-self.KEEP :]

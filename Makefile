@@ -1,0 +1,22 @@
+# Everything from a bare clone: `make demo`, `make test`. Each makes the virtual environment when it is not there yet.
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: demo test soak clean
+
+demo: .venv/ready        ## a streamed completion, and the proof that it is the full model's, faster
+	$(RUN) decode.py --compare
+
+test: .venv/ready        ## the whole test suite; EXAMPLES=2000 makes the property tests look further
+	$(RUN) -m pytest -q tests
+
+soak: .venv/ready        ## 200,000 tokens, drafted and plain, token by token (about half an hour)
+	$(RUN) tests/soak.py
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .hypothesis

@@ -1,0 +1,134 @@
+"""Measurements behind the README's figures: medians of alternating runs in one process, on held-out prompts.
+
+    python bench.py sweep       which exit layer and draft length are best here
+    python bench.py speedup     the best of them against the fastest plain decoding this code can do
+
+Run on an idle machine. Text that is generated does not stop at EOS, so every run makes the same number of tokens.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from data import held_out_prompts
+from decode import DEFAULT_CKPT, DTYPES, Run, auto_dtype, generate, generation_defaults, run
+from model import CheckpointError, Llama, load_checkpoint
+from tokenizer import Tokenizer
+
+
+def decode_all(model: Llama, prompts: list[list[int]], count: int, note: str = "", **settings) -> Run:
+    """One generation of `count` tokens per prompt, as one Run."""
+    total = Run([], [], 0.0)
+    for done, prompt in enumerate(prompts):
+        progress(f"{note} prompt {done + 1}/{len(prompts)}")
+        one = run(generate(model, prompt, max_new_tokens=count, eos=(), **settings))
+        total = Run(total.ids + one.ids, total.rounds + one.rounds, total.seconds + one.seconds)
+    progress("")
+    return total
+
+
+def progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def described(values: list[float]) -> dict:
+    """Median and spread of repeated measurements."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def sweep(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
+    """Tokens/s, acceptance and tokens per round over exit layer x draft length; one run a cell, one prompt in four."""
+    prompts = prompts[::4]
+    model = load_checkpoint(args.ckpt, DTYPES.get(args.dtype) or auto_dtype(torch.device("cpu"))).pack()
+    decode_all(model, prompts[:1], 32)
+    plain = decode_all(model, prompts, args.tokens, "full model")
+    print(f"full model: {plain.tokens_per_second:.0f} tokens/s ({model.dtype}, {torch.get_num_threads()} threads)")
+    print("exit  draft  tokens/s  speedup  accepted  tokens/round")
+    cells = []
+    for exit_layer in args.exits:
+        for draft_len in args.drafts:
+            settings = dict(exit_layer=exit_layer, draft_len=draft_len, min_confidence=args.min_confidence)
+            r = decode_all(model, prompts, args.tokens, f"exit {exit_layer}, draft {draft_len}", **settings)
+            speedup, per_round = r.tokens_per_second / plain.tokens_per_second, len(r.ids) / len(r.rounds)
+            same = "" if r.ids == plain.ids else "   NOT identical to the full model"
+            print(f"{exit_layer:4}  {draft_len:5}  {r.tokens_per_second:8.0f}  {speedup:7.2f}  {r.acceptance or 0:8.1%}  {per_round:12.2f}{same}", flush=True)
+            cells.append({**settings, "tokens_per_second": r.tokens_per_second, "speedup": speedup, "acceptance": r.acceptance, "tokens_per_round": per_round})
+    best = max(cells, key=lambda c: c["speedup"])
+    print(f"best: --exit {best['exit_layer']} --draft {best['draft_len']} --min-confidence {args.min_confidence}, {best['speedup']:.2f} times the full model")
+    return {"plain_tokens_per_second": plain.tokens_per_second, "cells": cells}
+
+
+def speedup(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
+    """Self-speculation against every plain decoding this code can do, alternating, args.runs times each."""
+    found = generation_defaults(args.ckpt)
+    settings = dict(
+        exit_layer=args.exits[0] if args.exits_given else found["assistant_early_exit"],
+        draft_len=args.drafts[0] if args.drafts_given else found["num_assistant_tokens"],
+        min_confidence=args.min_confidence,
+    )
+    models = {(d, exact): load_checkpoint(args.ckpt, DTYPES[d]).pack(exact) for d in ("bfloat16", "float32") for exact in (True, False)}
+    contenders = {f"plain, {d}{'' if exact else ', --no-exact'}": (m, {}) for (d, exact), m in models.items()}
+    contenders.update({f"speculative, {d}": (models[d, True], settings) for d in ("bfloat16", "float32")})
+    speeds, ids = {name: [] for name in contenders}, {}
+    for model, extra in contenders.values():
+        decode_all(model, prompts[:1], 32, **extra)
+    results = {}
+    for turn in range(args.runs):
+        for name, (model, extra) in contenders.items():
+            r = decode_all(model, prompts, args.tokens, f"run {turn + 1}/{args.runs}, {name}:", **extra)
+            speeds[name].append(r.tokens_per_second)
+            ids[name], results[name] = r.ids, r
+    table = {name: described(values) for name, values in speeds.items()}
+    print(f"{len(prompts)} held-out prompts x {args.tokens} tokens, {args.runs} alternating runs, {torch.get_num_threads()} threads; tokens/s: median (lowest to highest)")
+    for name, v in table.items():
+        print(f"{name:28} {v['median']:6.0f}  ({v['low']:.0f} to {v['high']:.0f})")
+    fastest = max((n for n in table if n.startswith("plain")), key=lambda n: table[n]["median"])
+    report = {"settings": settings, "tokens_per_second": table, "fastest_plain": fastest}
+    for dtype in ("bfloat16", "float32"):
+        name = f"speculative, {dtype}"
+        ratio = table[name]["median"] / table[fastest]["median"]
+        same = ids[name] == ids[f"plain, {dtype}"]
+        r = results[name]
+        print(
+            f"{name}, exit {settings['exit_layer']}, draft {settings['draft_len']}: {ratio:.2f} times the fastest plain decoding ({fastest}); "
+            f"{r.acceptance:.0%} accepted, {len(r.ids) / len(r.rounds):.2f} tokens per round; {'identical' if same else 'NOT identical'} to plain {dtype}"
+        )
+        report[name] = {"speedup": ratio, "identical": same, "acceptance": r.acceptance, "tokens_per_round": len(r.ids) / len(r.rounds)}
+    return report
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = lambda text: [int(v) for v in text.split(",")]
+    p.add_argument("what", choices=["sweep", "speedup"])
+    p.add_argument("--ckpt", type=Path, default=DEFAULT_CKPT, metavar="DIR")
+    p.add_argument("--prompts", type=int, default=20, help="held-out prompts (default %(default)s)")
+    p.add_argument("--tokens", type=int, default=256, help="new tokens per prompt (default %(default)s)")
+    p.add_argument("--runs", type=int, default=5, help="alternating runs for speedup (default %(default)s)")
+    p.add_argument("--exits", type=numbers, metavar="E,E,...", help="exit layers (sweep: 1,2,3,4,6,8; speedup: the checkpoint's own)")
+    p.add_argument("--drafts", type=numbers, metavar="D,D,...", help="draft lengths (sweep: 2,4,6,10,15; speedup: the checkpoint's own)")
+    p.add_argument("--min-confidence", type=float, help="default: the checkpoint's own, else 0.3")
+    p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+    p.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
+    args = p.parse_args()
+    args.exits_given, args.drafts_given = args.exits is not None, args.drafts is not None
+    args.exits, args.drafts = args.exits or [1, 2, 3, 4, 6, 8], args.drafts or [2, 4, 6, 10, 15]
+    try:
+        if args.min_confidence is None:
+            args.min_confidence = generation_defaults(args.ckpt).get("assistant_confidence_threshold", 0.3)
+        tokenizer = Tokenizer(args.ckpt)
+        report = {"sweep": sweep, "speedup": speedup}[args.what](args, tokenizer, held_out_prompts(args.prompts, tokenizer, 64))
+        if args.json:
+            Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+    except (CheckpointError, ValueError, OSError) as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The shipped checkpoint, on held-out prompts: the text of the full model, whichever layer drafts."""
+
+import json
+
+import pytest
+import torch
+
+from data import held_out_prompts
+from decode import Sampling, generate
+from model import load_checkpoint
+from tokenizer import Tokenizer
+
+SETTINGS = [(2, 5, 0.3), (3, 8, 0.3), (4, 4, 0.0), (6, 3, 0.5), (8, 6, 0.0)]  # exit layer, draft length, confidence
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_twenty_held_out_prompts_decode_to_identical_streams(shipped, dtype, temperature):
+    model, tokenizer = load_checkpoint(shipped, dtype), Tokenizer(shipped)
+    prompts = held_out_prompts(20, tokenizer, 64)
+    assert len(prompts) == 20
+    drafted = accepted = 0
+    for number, prompt in enumerate(prompts):
+        exit_layer, draft_len, confidence = SETTINGS[number % len(SETTINGS)]
+        common = dict(max_new_tokens=200, sampling=Sampling(temperature, top_p=0.95, seed=number), eos=())
+        full = list(generate(model, prompt, **common))
+        rounds = list(generate(model, prompt, exit_layer=exit_layer, draft_len=draft_len, min_confidence=confidence, **common))
+        assert [t for r in rounds for t in r.emitted] == [r.emitted[0] for r in full]
+        assert torch.equal(torch.cat([r.logits for r in rounds]), torch.cat([r.logits for r in full]))
+        drafted += sum(len(r.drafted) for r in rounds)
+        accepted += sum(r.accepted for r in rounds)
+    assert 0.2 * drafted < accepted < drafted
+
+
+def test_the_checkpoint_is_small_and_says_how_it_was_made(shipped):
+    names = {"config.json", "model.safetensors", "tokenizer.model", "generation_config.json", "training.json"}
+    assert {p.name for p in shipped.iterdir()} == names
+    assert sum(p.stat().st_size for p in shipped.iterdir()) <= 32 * 2**20
+    record, config = json.loads((shipped / "training.json").read_text()), load_checkpoint(shipped).config
+    assert record["command"].startswith("python train.py") and {"seed", "steps"} <= set(record)
+    assert len(record["held_out_loss_per_exit"]) == len(record["held_out_agreement_per_exit"]) == config.n_layers >= 24
