@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from cache import KVQCache
-from model import MAX_ROWS, PREFILL_ROWS, CheckpointError, Config, Llama, load_checkpoint
+from model import MAX_ROWS, PREFILL_ROWS, CheckpointError, Config, Llama, load_checkpoint, parse_object
 from tokenizer import Stream, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,13 +339,20 @@ def auto_dtype(device: torch.device) -> torch.dtype:
 
 def generation_defaults(ckpt: Path) -> dict:
     """What generation_config.json says, under transformers' own keys: EOS ids, exit layer, draft length, confidence."""
-    try:
-        found = json.loads((ckpt / "generation_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    file = ckpt / "generation_config.json"
+    if not file.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{ckpt / 'generation_config.json'} cannot be read: {error}") from None
-    return found if isinstance(found, dict) else {}
+    try:
+        found = parse_object(file.read_text(encoding="utf-8"), file.name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    kinds = {"assistant_early_exit": int, "num_assistant_tokens": int, "assistant_confidence_threshold": (int, float), "eos_token_id": (int, list)}
+    found = {key: found[key] for key in kinds if found.get(key) is not None}
+    for key, value in found.items():
+        items = value if isinstance(value, list) else [value]
+        if not isinstance(value, kinds[key]) or not all(type(item) in (int, float) for item in items):
+            raise CheckpointError(f"{file.name}: {key} cannot be {value!r:.40}")
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -420,7 +427,7 @@ def decode(args: argparse.Namespace) -> None:
     exit_layer = args.exit if args.exit is not None else found.get("assistant_early_exit", max(1, model.config.n_layers // 4))
     if not args.full and not 1 <= exit_layer < model.config.n_layers:
         raise ValueError(f"--exit must be from 1 to {model.config.n_layers - 1} (the model has {model.config.n_layers} layers), not {exit_layer}")
-    eos = found.get("eos_token_id", model.config.eos)
+    eos = found.get("eos_token_id") or model.config.eos or tokenizer.eos
     settings = dict(
         exit_layer=0 if args.full else exit_layer,
         draft_len=args.draft if args.draft is not None else found.get("num_assistant_tokens", 6),

@@ -20,6 +20,8 @@ that is not row-wise by nature is made so here: matrix products in `RowLinear`, 
 import json
 import math
 import os
+import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,60 +60,78 @@ class Config:
     max_len: int = 2048  # max_position_embeddings
     norm_eps: float = 1e-5  # rms_norm_eps
     rope_theta: float = 10000.0
+    rope_type: str = "default"  # or "linear" (Code Llama's long contexts) or "llama3" (Llama 3.1 and 3.2)
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_len: int = 8192  # original_max_position_embeddings
     tied: bool = False  # tie_word_embeddings
     bos: int | None = None  # bos_token_id
     eos: tuple[int, ...] = field(default=())  # eos_token_id: one or a list
 
     def __post_init__(self):
-        for name in ("vocab_size", "dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_len"):
+        counts = ("vocab_size", "dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_len", "rope_original_len")
+        for name in counts:
+            value, most = getattr(self, name), 1 << (10 if name == "n_layers" else 27)
+            if type(value) is not int or not 1 <= value <= most:
+                raise CheckpointError(f"config: {name} must be a whole number from 1 to {most}, not {value!r:.40}")
+        for name in ("norm_eps", "rope_theta", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CheckpointError(f"config: {name} must be a positive whole number, not {value!r}")
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise CheckpointError(f"config: {name} must be a positive number, not {value!r:.40}")
         if self.n_heads % self.n_kv_heads:
             raise CheckpointError(f"config: {self.n_heads} heads do not divide into {self.n_kv_heads} key/value heads")
         if self.head_dim % 2:
             raise CheckpointError(f"config: head_dim must be even for rotary positions, not {self.head_dim}")
-        for name in ("norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not (0 < value < math.inf):
-                raise CheckpointError(f"config: {name} must be a positive number, not {value!r}")
+        if self.rope_type not in ("default", "linear", "llama3"):
+            raise CheckpointError(f"config: rope type {self.rope_type!r:.40} is not supported, only default, linear and llama3")
+        if self.rope_type == "llama3" and self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            raise CheckpointError("config: rope low_freq_factor must be below high_freq_factor")
+        if not isinstance(self.tied, bool):
+            raise CheckpointError(f"config: tie_word_embeddings must be true or false, not {self.tied!r:.40}")
+        for token in (*self.eos, *(() if self.bos is None else (self.bos,))):
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                raise CheckpointError(f"config: a special token must be from 0 to {self.vocab_size - 1}, not {token!r:.40}")
 
     @classmethod
     def from_json(cls, text: str) -> "Config":
-        """Config from the text of a Hugging Face config.json (both the dialect of transformers 4 and of 5)."""
-        try:
-            c = json.loads(text)
-        except ValueError as error:
-            raise CheckpointError(f"config.json is not JSON: {error}") from None
-        if not isinstance(c, dict):
-            raise CheckpointError("config.json is not a JSON object")
+        """Config from the text of a Hugging Face config.json, in the dialect of transformers 4 or 5."""
+        c = parse_object(text, "config.json")
         if c.get("model_type") != "llama":
-            raise CheckpointError(f"config.json: model_type must be 'llama', not {c.get('model_type')!r}")
+            raise CheckpointError(f"config.json: model_type must be 'llama', not {c.get('model_type')!r:.40}")
         for key in ("attention_bias", "mlp_bias", "quantization_config"):
             if c.get(key):
                 raise CheckpointError(f"config.json: {key} is not supported")
         if c.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"config.json: hidden_act {c['hidden_act']!r} is not supported, only silu")
+            raise CheckpointError(f"config.json: hidden_act {c['hidden_act']!r:.40} is not supported, only silu")
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-        if kind != "default":
-            raise CheckpointError(f"config.json: rope type {kind!r} is not supported")
+        if not isinstance(rope, dict):
+            raise CheckpointError("config.json: the rope parameters are not a JSON object")
         try:
             dim, heads, eos = c["hidden_size"], c["num_attention_heads"], c.get("eos_token_id")
             if c.get("head_dim") is None and dim % heads:
                 raise CheckpointError(f"config: hidden_size {dim} does not divide into {heads} heads")
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            scaling = {}
+            if kind != "default":
+                scaling = {"rope_factor": rope["factor"]}
+            if kind == "llama3":
+                scaling["rope_low_freq_factor"], scaling["rope_high_freq_factor"] = rope["low_freq_factor"], rope["high_freq_factor"]
+                scaling["rope_original_len"] = rope["original_max_position_embeddings"]
             return cls(
                 vocab_size=c["vocab_size"],
                 dim=dim,
                 hidden_dim=c["intermediate_size"],
                 n_layers=c["num_hidden_layers"],
                 n_heads=heads,
-                n_kv_heads=c.get("num_key_value_heads") or heads,
-                head_dim=c.get("head_dim") or dim // heads,
+                n_kv_heads=heads if c.get("num_key_value_heads") is None else c["num_key_value_heads"],
+                head_dim=dim // heads if c.get("head_dim") is None else c["head_dim"],
                 max_len=c.get("max_position_embeddings", 2048),
                 norm_eps=c.get("rms_norm_eps", 1e-6),
                 rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
-                tied=bool(c.get("tie_word_embeddings", False)),
+                rope_type=kind,
+                **scaling,
+                tied=c.get("tie_word_embeddings", False),
                 bos=c.get("bos_token_id"),
                 eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
             )
@@ -120,8 +140,45 @@ class Config:
         except (TypeError, ZeroDivisionError) as error:
             raise CheckpointError(f"config.json has a value of the wrong kind: {error}") from None
 
+    @classmethod
+    def from_params(cls, text: str, vocab_size: int, tied: bool) -> "Config":
+        """Config from the text of Meta's params.json, which leaves out the vocabulary (or says -1), the context and the
+        scale of rope: these follow from the rope settings of the models that were published."""
+        c = parse_object(text, "params.json")
+        if c.get("quantization_args") or c.get("moe") or c.get("vision_chunk_size"):
+            raise CheckpointError("params.json: only dense text models without quantisation are supported")
+        try:
+            dim, heads, theta = c["dim"], c["n_heads"], c.get("rope_theta", 10000.0)
+            hidden = int(c.get("ffn_dim_multiplier", 1) * int(2 * 4 * dim / 3))
+            scaled = bool(c.get("use_scaled_rope", False))
+            if dim % heads:
+                raise CheckpointError(f"params.json: dim {dim} does not divide into {heads} heads")
+            return cls(
+                vocab_size=vocab_size,
+                dim=dim,
+                hidden_dim=-(-hidden // c["multiple_of"]) * c["multiple_of"],
+                n_layers=c["n_layers"],
+                n_heads=heads,
+                n_kv_heads=heads if c.get("n_kv_heads") is None else c["n_kv_heads"],
+                head_dim=dim // heads,
+                max_len=131072 if scaled else {10000.0: 4096, 1e6: 16384, 5e5: 8192}.get(theta, 4096),
+                norm_eps=c["norm_eps"],
+                rope_theta=theta,
+                rope_type="llama3" if scaled else "default",
+                rope_factor=c.get("rope_scaling_factor", 8.0 if dim >= 4096 else 32.0) if scaled else 1.0,  # Llama 3.1; 3.2
+                tied=tied,
+            )
+        except KeyError as error:
+            raise CheckpointError(f"params.json has no {error}") from None
+        except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+            raise CheckpointError(f"params.json has a value of the wrong kind: {error}") from None
+
     def to_json(self, dtype: torch.dtype) -> str:
         """The text of a config.json that transformers 4 and 5 both read."""
+        scaling = {"rope_type": self.rope_type, "factor": self.rope_factor}
+        if self.rope_type == "llama3":
+            scaling.update(low_freq_factor=self.rope_low_freq_factor, high_freq_factor=self.rope_high_freq_factor)
+            scaling.update(original_max_position_embeddings=self.rope_original_len)
         return json.dumps(
             {
                 "architectures": ["LlamaForCausalLM"],
@@ -137,13 +194,25 @@ class Config:
                 "max_position_embeddings": self.max_len,
                 "rms_norm_eps": self.norm_eps,
                 "rope_theta": self.rope_theta,
+                "rope_scaling": None if self.rope_type == "default" else scaling,
                 "tie_word_embeddings": self.tied,
                 "bos_token_id": self.bos,
-                "eos_token_id": list(self.eos) if len(self.eos) != 1 else self.eos[0],
+                "eos_token_id": None if not self.eos else self.eos[0] if len(self.eos) == 1 else list(self.eos),
                 "torch_dtype": str(dtype).removeprefix("torch."),
             },
             indent=2,
         )
+
+
+def parse_object(text: str, name: str) -> dict:
+    """A JSON object from text; CheckpointError says which file is not one."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{name} is not a JSON object")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,10 +284,23 @@ class RowLinear:
 # Attention: the only place where positions meet
 
 
+def rotary_frequencies(c: Config) -> Tensor:
+    """Angle per position of each pair of a head, (head_dim / 2,) float32. (RoFormer, arXiv 2104.09864; position
+    interpolation, 2306.15595; Llama 3.1, 2407.21783, which slows only the pairs that turn seldom.)"""
+    frequency = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
+    if c.rope_type == "linear":
+        return frequency / c.rope_factor
+    if c.rope_type == "llama3":
+        turns = c.rope_original_len / (2 * math.pi / frequency)  # over the original context
+        low, high = c.rope_low_freq_factor, c.rope_high_freq_factor
+        share = ((turns - low) / (high - low)).clamp(0, 1)  # of the original frequency
+        return (1 - share) * frequency / c.rope_factor + share * frequency
+    return frequency
+
+
 def rotary_tables(config: Config, length: int) -> tuple[Tensor, Tensor]:
-    """cos and signed sin (length, head_dim), float32, so that rotate(x) = x cos + swap(x) sin. (RoFormer, 2104.09864.)"""
-    inverse_frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), inverse_frequency)
+    """cos and signed sin (length, head_dim), float32, so that rotate(x) = x cos + swap(x) sin."""
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), rotary_frequencies(config))
     return torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1)
 
 
@@ -441,50 +523,143 @@ class Llama(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: config.json and safetensors, in Hugging Face's layout
+# Checkpoints: Hugging Face's layout (config.json, model.safetensors or shards) and Meta's (params.json, consolidated.*)
+
+PIECE = 32 << 20  # bytes read from a weight file at a time
 
 
 def load_checkpoint(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
-    """A Llama from a directory with config.json and model.safetensors, or shards and model.safetensors.index.json.
+    """A Llama from a directory, in Hugging Face's or Meta's layout. dtype None keeps the stored type.
 
-    Tensors stream from the mapped file one at a time and are cast as they land. dtype None keeps the stored type.
-    Raises CheckpointError, one line, when the directory does not hold a whole, finite Llama.
+    Weights stream from the mapped file into place, a piece at a time, and are cast as they land. Meta's shards are joined
+    and its q and k rows permuted from interleaved to half-split rotary pairs. Raises CheckpointError, one line, when the
+    directory does not hold a whole, finite Llama in safetensors.
     """
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint directory at {path}")
-    config = Config.from_json(_read_text(path / "config.json"))
+    meta = not (path / "config.json").exists() and (path / "params.json").exists()
+    text = _read_text(path / ("params.json" if meta else "config.json"))
+    config = None if meta else Config.from_json(text)
+    sources = _find_tensors(_meta_files(path) if meta else _weight_files(path), _meta_name if meta else lambda name: name)
+    if meta:
+        embedding, head = sources.get("model.embed_tokens.weight"), sources.get("lm_head.weight")
+        if not embedding or len(embedding[0].shape) != 2:
+            raise CheckpointError(f"{path} lacks the tensor tok_embeddings.weight")
+        # Llama 2 shards the embedding along dim, Llama 3 along the vocabulary
+        by_rows = embedding[0].shape[1] == parse_object(text, "params.json").get("dim")
+        config = Config.from_params(text, embedding[0].shape[0] * (len(embedding) if by_rows else 1), tied=head is None)
+    if config.tied:
+        sources.pop("lm_head.weight", None)
+    if len(sources) < 9 * config.n_layers:  # before a model of absurd depth is built
+        raise CheckpointError(f"{path} holds {len(sources)} tensors, too few for the {config.n_layers} layers of its config")
     with torch.device("meta"):
         model = Llama(config)
-    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-    missing = set(wanted)
-    for file in _weight_files(path):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    if name == "lm_head.weight" and config.tied or name.endswith("rotary_emb.inv_freq"):
-                        continue
-                    if name not in wanted:
-                        raise CheckpointError(f"{file.name}: unexpected tensor {name}")
-                    shape = tuple(tensors.get_slice(name).get_shape())
-                    if shape != wanted[name]:
-                        raise CheckpointError(f"{file.name}: {name} is {shape}, config.json says {tuple(wanted[name])}")
-                    tensor = tensors.get_tensor(name)
-                    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                        raise CheckpointError(f"{file.name}: {name} is stored as {tensor.dtype}, not as a float type")
-                    tensor = tensor.to(device, dtype or tensor.dtype, copy=True)
-                    if not tensor.sum(dtype=torch.float64).isfinite():
-                        raise CheckpointError(f"{file.name}: {name} holds NaN or infinite values")
-                    module, _, leaf = name.rpartition(".")
-                    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
-                    missing.discard(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from None
-    if missing:
-        raise CheckpointError(f"{path} lacks the tensor {min(missing)}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
+    wanted = dict(model.named_parameters())
+    for problem, names in (("lacks", wanted.keys() - sources.keys()), ("has the unexpected", sources.keys() - wanted.keys())):
+        if names:
+            raise CheckpointError(f"{path} {problem} tensor {min(names)}" + f" and {len(names) - 1} more" * (len(names) > 1))
+    joins = {name: _join_dimension(name, sources[name], tuple(p.shape)) for name, p in wanted.items()}
+    for name in wanted:
+        weight = torch.empty(wanted[name].shape, dtype=dtype or sources[name][0].dtype, device=device)
+        for place, source in enumerate(sources[name]):
+            size = source.shape[joins[name]]
+            source.read_into(weight.narrow(joins[name], place * size, size))
+        if meta and name.endswith(("q_proj.weight", "k_proj.weight")):
+            weight = weight.view(-1, config.head_dim // 2, 2, config.dim).transpose(1, 2).reshape(weight.shape)
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(weight))
     if config.tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in one safetensors file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read_into(self, out: Tensor) -> None:
+        """Copies the tensor into `out`, of the same shape, casting. The file is mapped anew for each piece: pages of a
+        mapping count as this process's memory for as long as it lives, and would double the peak."""
+        rows = max(1, PIECE * self.shape[0] // max(1, math.prod(self.shape) * self.dtype.itemsize))
+        for first in range(0, self.shape[0], rows):
+            with _open(self.file) as tensors:
+                piece = tensors.get_slice(self.name)[first : first + rows]
+            out[first : first + rows] = piece
+            if not out[first : first + rows].isfinite().all():
+                raise CheckpointError(f"{self.file.name}: {self.name} holds NaN or infinite values")
+
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@contextmanager
+def _open(file: Path):
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError, OverflowError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file.name} cannot be read as safetensors: {' '.join(str(error).split())}") from None
+
+
+def _find_tensors(files: list[Path], rename) -> dict[str, list[Stored]]:
+    """The tensors of all files by their Hugging Face name; several in the order of the files where Meta sharded them."""
+    found: dict[str, list[Stored]] = {}
+    for file in files:
+        with _open(file) as tensors:
+            for name in tensors.keys():
+                if name.endswith(("rotary_emb.inv_freq", "rope.freqs")):
+                    continue
+                about = tensors.get_slice(name)
+                if about.get_dtype() not in FLOATS:
+                    raise CheckpointError(f"{file.name}: {name} is stored as {about.get_dtype()}; quantised weights are not supported")
+                stored = Stored(file, name, tuple(about.get_shape()), FLOATS[about.get_dtype()])
+                found.setdefault(rename(name), []).append(stored)
+    return found
+
+
+def _join_dimension(name: str, parts: list[Stored], shape: tuple[int, ...]) -> int:
+    """The dimension along which the parts of one tensor join to `shape`; vectors are the same in every shard."""
+    for dimension in range(len(shape)):
+        joined = tuple(n * len(parts) if d == dimension else n for d, n in enumerate(parts[0].shape))
+        if joined == shape and all(part.shape == parts[0].shape for part in parts):
+            return dimension
+    if len(shape) == 1 and parts[0].shape == shape:
+        del parts[1:]
+        return 0
+    shards = f" in {len(parts)} shards" if len(parts) > 1 else ""
+    raise CheckpointError(f"{parts[0].file.name}: {name} is {parts[0].shape}{shards}, the config says {shape}")
+
+
+META_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention_norm": "input_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def _meta_name(name: str) -> str:
+    """layers.0.attention.wq.weight -> model.layers.0.self_attn.q_proj.weight; a name it does not know stays as it is."""
+    layer = re.match(r"layers\.\d+\.", name)
+    prefix = layer.group() if layer else ""
+    inner = name[len(prefix) :].removesuffix(".weight")
+    return ("model." if prefix else "") + prefix + META_NAMES[inner] + ".weight" if inner in META_NAMES else name
 
 
 def save_checkpoint(model: Llama, path: str | Path) -> None:
@@ -512,20 +687,34 @@ def _read_text(file: Path) -> str:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory; shards as the index names them."""
+    """The safetensors files of a directory in Hugging Face's layout; shards as the index names them."""
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
     if not index.is_file():
-        pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".pth", ".bin", ".pt"))
-        if pickles:
-            raise CheckpointError(f"{path} holds pickled weights ({pickles[0]}), which can run code; convert to safetensors")
-        raise CheckpointError(f"{path} has neither model.safetensors nor model.safetensors.index.json")
-    try:
-        names = sorted(set(json.loads(_read_text(index))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{index} is not an index of safetensors shards") from None
-    for name in names:
-        if Path(name).name != name or not (path / name).is_file():
-            raise CheckpointError(f"{index.name} names the shard {name!r}, which is not in {path}")
-    return [path / name for name in names]
+        raise _no_weights(path, "model.safetensors or model.safetensors.index.json")
+    names = parse_object(_read_text(index), index.name).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index.name} has no weight_map from tensors to files")
+    for name in names.values():
+        if Path(name).name != name or "\0" in name or not (path / name).is_file():
+            raise CheckpointError(f"{index.name} names the shard {name!r:.80}, which is not a file in {path}")
+    return [path / name for name in sorted(set(names.values()))]
+
+
+def _meta_files(path: Path) -> list[Path]:
+    """The model-parallel shards of a directory in Meta's layout, in order."""
+    files = sorted(path.glob("consolidated*.safetensors"))
+    if not files:
+        raise _no_weights(path, "consolidated.*.safetensors")
+    return files
+
+
+def _no_weights(path: Path, wanted: str) -> CheckpointError:
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".pth", ".bin", ".pt", ".ckpt"))
+    if pickles:
+        return CheckpointError(
+            f"{path} holds pickled weights ({pickles[0]}), and a pickle can run any code when it is opened; "
+            "convert it to safetensors where you trust it"
+        )
+    return CheckpointError(f"{path} has no {wanted}")

@@ -1,38 +1,74 @@
 """Text to token ids and back, and a decoder for streams that never prints half a character.
 
 A token may end in the middle of a UTF-8 character (byte fallback), and sentencepiece drops a leading space when it
-decodes a lone piece. `Stream` handles both: it decodes the whole recent context and gives out only what has settled.
+decodes a lone piece. `Stream` handles both: it decodes the recent context too and gives out only what has settled.
 """
 
+import re
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
 
 class Tokenizer:
-    """A sentencepiece tokenizer.model. `bos` and `eos` are its ids, None where it has none."""
+    """tokenizer.model (sentencepiece: Llama 1 and 2, Code Llama, ours) or tokenizer.json (Llama 3) of a directory.
+
+    `bos` and `eos` are ids, None where the file names none. Raises ValueError, one line, when there is no usable one.
+    """
 
     def __init__(self, path: str | Path):
         path = Path(path)
-        path = path / "tokenizer.model" if path.is_dir() else path
-        if not path.is_file():
-            raise ValueError(f"no tokenizer at {path}")
-        self.model = SentencePieceProcessor()
+        model, fast = (path / "tokenizer.model", path / "tokenizer.json") if path.is_dir() else (path, path)
+        tiktoken = model.is_file() and is_tiktoken(model)
+        if fast.suffix == ".json" and fast.is_file() and (tiktoken or not model.is_file() or model == fast):
+            self._load_json(fast)
+        elif tiktoken:
+            raise ValueError(f"{model} is in tiktoken's format; put the tokenizer.json of the same model beside it")
+        elif model.is_file():
+            self._load_sentencepiece(model)
+        else:
+            raise ValueError(f"no tokenizer.model or tokenizer.json in {path}" if path.is_dir() else f"no tokenizer at {path}")
+
+    def _load_sentencepiece(self, path: Path) -> None:
+        model = SentencePieceProcessor()
         try:
-            self.model.Load(str(path))
+            model.LoadFromSerializedProto(path.read_bytes())
         except (RuntimeError, OSError):
             raise ValueError(f"{path} is not a sentencepiece model") from None
-        self.vocab_size = self.model.vocab_size()
-        self.bos = self.model.bos_id() if self.model.bos_id() >= 0 else None
-        self.eos = self.model.eos_id() if self.model.eos_id() >= 0 else None
+        self.vocab_size = model.vocab_size()
+        self.bos, self.eos = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
+        self._encode = lambda text: [self.bos] * (self.bos is not None) + model.encode(text)
+        self._decode = model.decode
+
+    def _load_json(self, path: Path) -> None:
+        try:
+            import tokenizers  # only here: sentencepiece checkpoints do without it
+        except ImportError:
+            raise ValueError(f"{path} needs the tokenizers package: pip install tokenizers") from None
+        try:
+            model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path} is not a tokenizer: {' '.join(str(error).split())}") from None
+        self.vocab_size = max(model.get_vocab().values(), default=-1) + 1
+        start = model.encode("").ids  # what its own template puts before a text
+        self.bos, self.eos = (start[0] if start else None), None
+        self._encode = lambda text: model.encode(text).ids
+        self._decode = lambda ids: model.decode(ids, skip_special_tokens=True)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of `text`, after the beginning-of-sequence id where the tokenizer has one and `bos` is set."""
-        return [self.bos] * (bos and self.bos is not None) + self.model.encode(text)
+        """Ids of `text`, after the beginning-of-sequence id where the model expects one and `bos` is set."""
+        ids = self._encode(text)
+        return ids if bos or self.bos is None else ids[1:]
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`; control ids (BOS, EOS) give none, bytes that are not UTF-8 give U+FFFD."""
-        return self.model.decode(ids)
+        return self._decode(ids)
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Whether a tokenizer.model is Llama 3's list of base64 tokens and ranks, not a sentencepiece model."""
+    with open(path, "rb") as file:
+        return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", file.read(4096)) is not None
 
 
 class Stream:
