@@ -2,13 +2,20 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test soak clean
+.PHONY: demo test parity mutants soak clean
 
 demo: .venv/ready        ## a streamed completion, and the proof that it is the full model's, faster
 	$(RUN) decode.py --compare
 
 test: .venv/ready        ## the whole test suite; EXAMPLES=2000 makes the property tests look further
 	$(RUN) -m pytest -q tests
+
+parity: .venv/ready      ## logits, greedy text and saved files against transformers, over 200 random configs
+	$(RUN) -m pip install --quiet --disable-pip-version-check transformers==5.23.0
+	$(RUN) tests/parity.py
+
+mutants: .venv/ready     ## plants faults in a copy of the code; each must turn its test red
+	$(RUN) tests/mutants.py
 
 soak: .venv/ready        ## 200,000 tokens, drafted and plain, token by token (about half an hour)
 	$(RUN) tests/soak.py
