@@ -213,6 +213,8 @@ def generate(
     eos = c.eos if eos is None else eos
     if cache is None:
         cache = new_cache(c, end, draft_len, model.dtype, model.device)
+    elif cache.length or cache.max_len < end or len(cache.queries) <= draft_len:
+        raise ValueError(f"the cache must be empty and hold {end} positions and {draft_len + 1} exit queries")
     if no_verify:
         return _rounds(model.pack(), cache, list(prompt_ids), 0, exit_layer, 0, end, sampling, 0.0, eos)
     return _rounds(model.pack(), cache, list(prompt_ids), exit_layer, c.n_layers, draft_len, end, sampling, min_confidence, eos)
@@ -519,6 +521,8 @@ def converse(model: Llama, tokenizer: Tokenizer, settings: dict) -> None:
 def main() -> None:
     try:
         decode(parser().parse_args())
+    except KeyboardInterrupt:
+        raise SystemExit(130)
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, BrokenPipeError):  # the reader of stdout has gone; nothing is left to say to it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -143,8 +143,30 @@ def initialise(model: Llama, generator: torch.Generator) -> None:
 # The loop
 
 
+def check(args: argparse.Namespace) -> list[int]:
+    """The exits to train; raises ValueError on settings that cannot run."""
+    for name in ("steps", "batch", "seq", "rotation", "save_every", "layers", "vocab"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.minutes is not None and not args.minutes > 0:
+        raise ValueError(f"--minutes must be positive, not {args.minutes}")
+    if args.seq > args.max_len:
+        raise ValueError(f"--seq {args.seq} is longer than the context of {args.max_len} (--max-len)")
+    if not 0 <= args.p_max < 1:
+        raise ValueError(f"--p-max must be from 0 to below 1, not {args.p_max}")
+    if not 0 <= args.e_scale < math.inf:
+        raise ValueError(f"--e-scale must not be negative, not {args.e_scale}")
+    try:
+        exits = [int(e) for e in args.exits.split(",")] if args.exits else list(range(1, args.layers))
+    except ValueError:
+        raise ValueError(f"--exits takes layers such as 2,4,8, not {args.exits!r}") from None
+    if not all(1 <= e < args.layers for e in exits):
+        raise ValueError(f"--exits must lie from 1 to {args.layers - 1}; the last layer is always trained")
+    return exits
+
+
 def train(args: argparse.Namespace) -> None:
-    out = Path(args.out)
+    exits, out = check(args), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     train_tokens, held_tokens, tokenizer = prepare_data(out, args.vocab)
     config = Config(
@@ -167,7 +189,6 @@ def train(args: argparse.Namespace) -> None:
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    exits = [int(e) for e in args.exits.split(",")] if args.exits else list(range(1, args.layers))
     drop = [layer_dropout(l, args.layers, args.p_max) for l in range(args.layers)]
     block, loss_of = (lambda layer, *x: layer(*x)), exit_loss
     if args.compile:
@@ -175,7 +196,7 @@ def train(args: argparse.Namespace) -> None:
 
     parameters = sum(p.numel() for p in model.parameters())
     log(f"{parameters / 1e6:.1f}M parameters, {len(train_tokens) / 1e6:.2f}M training tokens, {len(held_tokens) / 1e6:.2f}M held out")
-    steps, started, done, seen, shown = args.steps, time.time(), 0.0, 0, {}
+    steps, started, seen, shown = args.steps, time.time(), 0, {}
     metrics = open(out / "metrics.jsonl", "w")
     step = 0
     try:
@@ -227,6 +248,8 @@ def prepare_data(out: Path, vocab: int) -> tuple[np.ndarray, np.ndarray, Tokeniz
     texts = read_texts([f for f in files if not is_held_out(f)])
     path = out / "tokenizer.model"
     tokenizer = Tokenizer(path) if path.is_file() else train_tokenizer(texts, vocab, path)
+    if tokenizer.vocab_size != vocab:
+        raise ValueError(f"{path} has {tokenizer.vocab_size} tokens, not the {vocab} of --vocab; choose another --out")
     held_out = read_texts([f for f in files if is_held_out(f)])
     return write_tokens(texts, tokenizer, out / "train.bin"), write_tokens(held_out, tokenizer, out / "held_out.bin"), tokenizer
 

@@ -160,6 +160,16 @@ def test_settings_that_cannot_run_are_refused_before_the_first_round(bad):
         generate(tiny_model(tiny_config()), [1, 2], **bad)
 
 
+def test_a_cache_that_is_used_or_too_small_is_refused():
+    model = tiny_model(tiny_config())
+    make = lambda length, draft_len: new_cache(model.config, length, draft_len, model.dtype, model.device)
+    used = make(256, 6)
+    used.accept(1)
+    for cache in used, make(64, 6), make(256, 5):
+        with pytest.raises(ValueError):
+            generate(model, [1] * 30, exit_layer=1, draft_len=6, max_new_tokens=99, cache=cache)
+
+
 @pytest.mark.parametrize("prompt", [[], [61], [-1], [0] * 256])
 def test_prompts_that_cannot_run_are_refused_before_the_first_round(prompt):
     with pytest.raises(ValueError):

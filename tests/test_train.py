@@ -167,3 +167,14 @@ def test_training_makes_the_loss_fall():
         optimizer.step()
         optimizer.zero_grad()
     assert all(history[-1][exit] < 0.5 * history[0][exit] for exit in (1, 2))
+
+
+@pytest.mark.parametrize("bad", ["--steps 0", "--exits 24", "--exits a", "--exits 0", "--p-max 1", "--rotation 0", "--seq 600", "--minutes -1", "--heads 3 --kv-heads 2", "--e-scale nan"])
+def test_bad_training_settings_are_one_line_and_write_no_checkpoint(tmp_path, monkeypatch, capsys, bad):
+    monkeypatch.setattr(train, "prepare_data", lambda out, vocab: (np.zeros(9999, np.uint16), np.zeros(9999, np.uint16), type("T", (), dict(vocab_size=400, bos=1, eos=2))))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), *bad.split()])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("train.py: ") and err.count("\n") == 1
+    assert not (tmp_path / "run" / "model.safetensors").exists()
