@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 from data import held_out_prompts
-from decode import DEFAULT_CKPT, DTYPES, Run, auto_dtype, generate, generation_defaults, run
+from decode import DEFAULT_CKPT, DTYPES, Run, auto_dtype, drafting_defaults, generate, generation_defaults, run
 from model import CheckpointError, Llama, load_checkpoint
 from tokenizer import Tokenizer
 
 
 def decode_all(model: Llama, prompts: list[list[int]], count: int, note: str = "", **settings) -> Run:
     """One generation of `count` tokens per prompt, as one Run."""
-    total = Run([], [], 0.0)
+    total = Run()
     for done, prompt in enumerate(prompts):
         progress(f"{note} prompt {done + 1}/{len(prompts)}")
         one = run(generate(model, prompt, max_new_tokens=count, eos=(), **settings))
@@ -43,35 +43,33 @@ def described(values: list[float]) -> dict:
 
 def sweep(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """Tokens/s, acceptance and tokens per round over exit layer x draft length; one run a cell, one prompt in four."""
-    prompts = prompts[::4]
+    prompts, exits, drafts = prompts[::4], args.exits or [1, 2, 3, 4, 6, 8], args.drafts or [2, 4, 6, 10, 15]
+    confidence = 0.3 if args.min_confidence is None else args.min_confidence
     model = load_checkpoint(args.ckpt, DTYPES.get(args.dtype) or auto_dtype(torch.device("cpu"))).pack()
     decode_all(model, prompts[:1], 32)
     plain = decode_all(model, prompts, args.tokens, "full model")
     print(f"full model: {plain.tokens_per_second:.0f} tokens/s ({model.dtype}, {torch.get_num_threads()} threads)")
     print("exit  draft  tokens/s  speedup  accepted  tokens/round")
     cells = []
-    for exit_layer in args.exits:
-        for draft_len in args.drafts:
-            settings = dict(exit_layer=exit_layer, draft_len=draft_len, min_confidence=args.min_confidence)
+    for exit_layer in exits:
+        for draft_len in drafts:
+            settings = dict(exit_layer=exit_layer, draft_len=draft_len, min_confidence=confidence)
             r = decode_all(model, prompts, args.tokens, f"exit {exit_layer}, draft {draft_len}", **settings)
             speedup, per_round = r.tokens_per_second / plain.tokens_per_second, len(r.ids) / len(r.rounds)
             same = "" if r.ids == plain.ids else "   NOT identical to the full model"
             print(f"{exit_layer:4}  {draft_len:5}  {r.tokens_per_second:8.0f}  {speedup:7.2f}  {r.acceptance or 0:8.1%}  {per_round:12.2f}{same}", flush=True)
             cells.append({**settings, "tokens_per_second": r.tokens_per_second, "speedup": speedup, "acceptance": r.acceptance, "tokens_per_round": per_round})
     best = max(cells, key=lambda c: c["speedup"])
-    print(f"best: --exit {best['exit_layer']} --draft {best['draft_len']} --min-confidence {args.min_confidence}, {best['speedup']:.2f} times the full model")
+    print(f"best: --exit {best['exit_layer']} --draft {best['draft_len']} --min-confidence {confidence}, {best['speedup']:.2f} times the full model")
     return {"plain_tokens_per_second": plain.tokens_per_second, "cells": cells}
 
 
 def speedup(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """Self-speculation against every plain decoding this code can do, alternating, args.runs times each."""
-    found = generation_defaults(args.ckpt)
-    settings = dict(
-        exit_layer=args.exits[0] if args.exits_given else found["assistant_early_exit"],
-        draft_len=args.drafts[0] if args.drafts_given else found["num_assistant_tokens"],
-        min_confidence=args.min_confidence,
-    )
     models = {(d, exact): load_checkpoint(args.ckpt, DTYPES[d]).pack(exact) for d in ("bfloat16", "float32") for exact in (True, False)}
+    settings = drafting_defaults(generation_defaults(args.ckpt), models["float32", True].config)
+    given = {"exit_layer": args.exits and args.exits[0], "draft_len": args.drafts and args.drafts[0], "min_confidence": args.min_confidence}
+    settings.update({name: value for name, value in given.items() if value is not None})
     contenders = {f"plain, {d}{'' if exact else ', --no-exact'}": (m, {}) for (d, exact), m in models.items()}
     contenders.update({f"speculative, {d}": (models[d, True], settings) for d in ("bfloat16", "float32")})
     speeds, ids = {name: [] for name in contenders}, {}
@@ -96,7 +94,7 @@ def speedup(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
         r = results[name]
         print(
             f"{name}, exit {settings['exit_layer']}, draft {settings['draft_len']}: {ratio:.2f} times the fastest plain decoding ({fastest}); "
-            f"{r.acceptance:.0%} accepted, {len(r.ids) / len(r.rounds):.2f} tokens per round; {'identical' if same else 'NOT identical'} to plain {dtype}"
+            f"{r.acceptance or 0:.0%} accepted, {len(r.ids) / len(r.rounds):.2f} tokens per round; {'identical' if same else 'NOT identical'} to plain {dtype}"
         )
         report[name] = {"speedup": ratio, "identical": same, "acceptance": r.acceptance, "tokens_per_round": len(r.ids) / len(r.rounds)}
     return report
@@ -112,15 +110,11 @@ def main() -> None:
     p.add_argument("--runs", type=int, default=5, help="alternating runs for speedup (default %(default)s)")
     p.add_argument("--exits", type=numbers, metavar="E,E,...", help="exit layers (sweep: 1,2,3,4,6,8; speedup: the checkpoint's own)")
     p.add_argument("--drafts", type=numbers, metavar="D,D,...", help="draft lengths (sweep: 2,4,6,10,15; speedup: the checkpoint's own)")
-    p.add_argument("--min-confidence", type=float, help="default: the checkpoint's own, else 0.3")
-    p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+    p.add_argument("--min-confidence", type=float, help="default: 0.3 (sweep), the checkpoint's own (speedup)")
+    p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the sweep; speedup runs bfloat16 and float32")
     p.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     args = p.parse_args()
-    args.exits_given, args.drafts_given = args.exits is not None, args.drafts is not None
-    args.exits, args.drafts = args.exits or [1, 2, 3, 4, 6, 8], args.drafts or [2, 4, 6, 10, 15]
     try:
-        if args.min_confidence is None:
-            args.min_confidence = generation_defaults(args.ckpt).get("assistant_confidence_threshold", 0.3)
         tokenizer = Tokenizer(args.ckpt)
         report = {"sweep": sweep, "speedup": speedup}[args.what](args, tokenizer, held_out_prompts(args.prompts, tokenizer, 64))
         if args.json:
@@ -128,6 +122,8 @@ def main() -> None:
     except (CheckpointError, ValueError, OSError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         raise SystemExit(2)
+    except KeyboardInterrupt:
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ Draft and verifier are layers of the same model, so there is one key/value store
 of layers [0, E), and the hidden state that enters layer E for each of its rows: the exit query. The verifier starts from
 those, so layers [0, E) never run twice for a token (LayerSkip, arXiv 2404.16710, section 4.3).
 
-Everything is allocated once. A rejected token is forgotten by moving `length` back: nothing is copied or concatenated,
-what lies beyond `length` is dead and will be overwritten.
+Everything is allocated once. A rejected token is forgotten by not moving `length` past it: nothing is copied or
+concatenated, what lies beyond `length` is dead and will be overwritten.
 
                 position   0 . . . . . . . . . . length . . . . . . . max_len
     K, V  layer 0          [ live in all layers ][ draft rows of layers < E ]   dead
@@ -50,7 +50,7 @@ class KVQCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the three buffers; all the memory that decoding holds on to."""
+        """Bytes of the three buffers."""
         return self.keys.nbytes + self.values.nbytes + self.queries.nbytes
 
     def view_len(self, end: int) -> int:
@@ -79,7 +79,7 @@ class KVQCache:
         self.length += rows
 
     def rewind(self, length: int) -> None:
-        """Forgets every position from `length` on."""
+        """Forgets every position from `length` on, for a caller who goes back in the text."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: {self.length} positions are live")
         self.length = length

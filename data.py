@@ -6,6 +6,7 @@ change of Python version.
 """
 
 import hashlib
+import io
 import re
 import sysconfig
 from pathlib import Path
@@ -50,13 +51,14 @@ def read_texts(files: list[Path]) -> list[str]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, path: Path) -> Tokenizer:
-    """Trains a sentencepiece BPE tokenizer that gives back every character: byte fallback, no normalisation, no dummy
-    prefix, runs of spaces as pieces, newline as a piece of its own. Writes `path` and returns the tokenizer."""
+    """Trains a sentencepiece BPE tokenizer that gives back every character but U+2581, its own sign for a space: byte
+    fallback, no normalisation, no dummy prefix, runs of spaces as pieces, newline a piece of its own. Writes `path`."""
     lines = (line for text in texts for line in text.split("\n") if line and "\0" not in line)
-    with open(path, "wb") as file:
+    model = io.BytesIO()
+    try:
         SentencePieceTrainer.Train(
             sentence_iterator=lines,
-            model_writer=file,
+            model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
@@ -71,6 +73,9 @@ def train_tokenizer(texts: list[str], vocab_size: int, path: Path) -> Tokenizer:
             num_threads=1,
             minloglevel=2,
         )
+    except RuntimeError as error:
+        raise ValueError(f"no tokenizer of {vocab_size} tokens can be trained on this text: {' '.join(str(error).split())}") from None
+    path.write_bytes(model.getvalue())
     return Tokenizer(path)
 
 

@@ -22,7 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class Sampling:
 def gumbel(seed: int, position: int, vocab: int) -> Tensor:
     """Standard Gumbel noise (vocab,), float64: a pure function of its arguments, on every machine (Philox counter)."""
     uniform = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position])).random(vocab)
-    return torch.from_numpy(-np.log(-np.log(uniform + 2.0**-54)))  # uniform is in [0, 1) by steps of 2^-53
+    return torch.from_numpy(-np.log(-np.log(uniform * (1 - 2.0**-53) + 2.0**-54)))  # [0, 1) moved into (0, 1)
 
 
 def keep_likely(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -101,7 +101,7 @@ class Round:
     drafted: list[int]
     accepted: int  # how many of the drafted tokens were the verifier's too, from the first on
     emitted: list[int]  # the verifier's tokens: the accepted ones and, unless the text ended with them, one more
-    logits: Tensor  # (len(emitted), vocab): the full model's logits that gave the emitted tokens
+    logits: Tensor | None  # (len(emitted), vocab): the full model's logits that gave the emitted tokens
     draft_seconds: float
     verify_seconds: float
 
@@ -203,7 +203,7 @@ def generate(
         raise ValueError(f"the prompt has {len(prompt_ids)} tokens, and the context of {c.max_len} leaves no room to go on")
     if not 0 <= exit_layer < c.n_layers or (no_verify and exit_layer == 0):
         raise ValueError(f"the exit layer must be from 1 to {c.n_layers - 1} (the model has {c.n_layers} layers), not {exit_layer}")
-    if not 1 <= draft_len < MAX_ROWS:
+    if exit_layer and not no_verify and not 1 <= draft_len < MAX_ROWS:
         raise ValueError(f"the draft length must be from 1 to {MAX_ROWS - 1}, not {draft_len}")
     if not 0 <= min_confidence < 1:
         raise ValueError(f"the confidence must be from 0 (off) to below 1, not {min_confidence}")
@@ -211,6 +211,8 @@ def generate(
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     end = min(len(prompt_ids) + max_new_tokens, c.max_len)
     eos = c.eos if eos is None else eos
+    if not exit_layer or no_verify:
+        draft_len = 0
     if cache is None:
         cache = new_cache(c, end, draft_len, model.dtype, model.device)
     elif cache.length or cache.max_len < end or len(cache.queries) <= draft_len:
@@ -265,13 +267,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 class Run:
     """Totals over the rounds of one generation."""
 
-    ids: list[int]
-    rounds: list[Round]
-    seconds: float
+    ids: list[int] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        return len(self.ids) / self.seconds
+        return len(self.ids) / max(self.seconds, 1e-9)
 
     @property
     def acceptance(self) -> float | None:
@@ -290,18 +292,22 @@ class Run:
         return " | ".join(parts)
 
 
-def run(rounds: Iterator[Round], on_round: Callable[[Round], None] = lambda r: None) -> Run:
-    """Runs a generation to its end, calling on_round after each round. Prefill counts as time; on_round does not."""
-    done, seconds, started = [], 0.0, time.perf_counter()
-    try:
-        for r in rounds:
-            seconds += time.perf_counter() - started
-            done.append(r)
+def run(rounds: Iterator[Round], on_round=None, into: Run | None = None, keep_logits: bool = False) -> Run:
+    """Runs a generation to its end, calling on_round after each round; on_round's time is not counted, prefill's is.
+
+    `into` collects the rounds, so that a caller who is interrupted has what was done. Logits are let go as rounds end,
+    unless keep_logits: at a vocabulary of 128k they take 250 kB a token.
+    """
+    into = into or Run()
+    started = time.perf_counter()
+    for r in rounds:
+        into.seconds += time.perf_counter() - started
+        into.ids += r.emitted
+        into.rounds.append(r if keep_logits else replace(r, logits=None))
+        if on_round:
             on_round(r)
-            started = time.perf_counter()
-    except KeyboardInterrupt:
-        print("\n(stopped)", file=sys.stderr)
-    return Run([token for r in done for token in r.emitted], done, max(seconds, 1e-9))
+        started = time.perf_counter()
+    return into
 
 
 class Show:
@@ -396,6 +402,8 @@ def parser() -> argparse.ArgumentParser:
 
 def read_prompt(args: argparse.Namespace) -> str:
     if args.stdin:
+        if sys.stdin is None:
+            raise ValueError("standard input is closed")
         try:
             return sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
@@ -408,61 +416,97 @@ def read_prompt(args: argparse.Namespace) -> str:
     return text
 
 
+def drafting_defaults(found: dict, config: Config) -> dict:
+    """Exit layer, draft length and confidence of a checkpoint: its own, as generation_config.json names them, or a quarter
+    of the layers, 6 and 0.3."""
+    return dict(
+        exit_layer=found.get("assistant_early_exit", max(1, config.n_layers // 4)),
+        draft_len=min(found.get("num_assistant_tokens", 6), MAX_ROWS - 1),
+        min_confidence=found.get("assistant_confidence_threshold", 0.3),
+    )
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name; ValueError, one line, when this machine or this build of PyTorch cannot use it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.ones(1, device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
 def decode(args: argparse.Namespace) -> None:
     """The command: load, generate, show."""
-    if args.interactive and (args.json or args.stdin or args.prompt is not None):
-        raise ValueError("--interactive asks for prompts; leave out --prompt, - and --json")
+    if args.interactive and (args.json or args.compare or args.stdin or args.prompt is not None):
+        raise ValueError("--interactive asks for prompts and shows text; leave out --prompt, -, --compare and --json")
     if args.stdin and args.prompt is not None:
         raise ValueError("give the prompt once: --prompt or -")
     text = None if args.interactive else read_prompt(args)
     if text == "":
         raise ValueError("the prompt is empty")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
+    device = usable_device(args.device)
     if not args.ckpt.is_dir():
         raise CheckpointError(f"no checkpoint directory at {args.ckpt}")
-    tokenizer = Tokenizer(args.ckpt)
+    tokenizer, found = Tokenizer(args.ckpt), generation_defaults(args.ckpt)
     model = load_checkpoint(args.ckpt, auto_dtype(device) if args.dtype == "auto" else DTYPES[args.dtype], device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
-    model.pack(exact=not args.no_exact)
-    found = generation_defaults(args.ckpt)
-    exit_layer = args.exit if args.exit is not None else found.get("assistant_early_exit", max(1, model.config.n_layers // 4))
-    if not args.full and not 1 <= exit_layer < model.config.n_layers:
-        raise ValueError(f"--exit must be from 1 to {model.config.n_layers - 1} (the model has {model.config.n_layers} layers), not {exit_layer}")
-    eos = found.get("eos_token_id") or model.config.eos or tokenizer.eos
-    settings = dict(
-        exit_layer=0 if args.full else exit_layer,
-        draft_len=args.draft if args.draft is not None else found.get("num_assistant_tokens", 6),
-        min_confidence=args.min_confidence if args.min_confidence is not None else found.get("assistant_confidence_threshold", 0.3),
+    settings = drafting_defaults(found, model.config)
+    for name, given in (("exit_layer", args.exit), ("draft_len", args.draft), ("min_confidence", args.min_confidence)):
+        settings[name] = settings[name] if given is None else given
+    if not args.full and not 1 <= settings["exit_layer"] < model.config.n_layers:
+        layers = model.config.n_layers
+        raise ValueError(f"--exit must be from 1 to {layers - 1} (the model has {layers} layers), not {settings['exit_layer']}")
+    if args.full:
+        settings["exit_layer"] = 0
+    ends = [e for e in (found.get("eos_token_id"), list(model.config.eos) or None, tokenizer.eos) if e is not None]
+    settings.update(
         no_verify=args.no_verify,
         max_new_tokens=args.max_new_tokens,
         sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
-        eos=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
+        eos=() if not ends else tuple(ends[0]) if isinstance(ends[0], list) else (ends[0],),
     )
+    model.pack(exact=not args.no_exact)
     if args.interactive:
         converse(model, tokenizer, settings)
-        return
+    else:
+        complete(model, tokenizer, settings, text, args)
+
+
+def complete(model: Llama, tokenizer: Tokenizer, settings: dict, text: str, args: argparse.Namespace) -> None:
+    """Generates after one prompt and reports; with --compare a second time with the full model alone."""
     ids = tokenizer.encode(text)
     full = {**settings, "exit_layer": 0, "no_verify": False}
+    rounds = generate(model, ids, **settings)
     if args.compare:  # both once for a few tokens, so that neither is timed cold
         for warm in (settings, full):
             run(generate(model, ids, **{**warm, "max_new_tokens": 16}))
-    rounds = generate(model, ids, **settings)
-    show = Show(tokenizer, ids, drafts=settings["exit_layer"] > 0 and not args.no_verify)
-    if not args.json:
+    result, compared = Run(), None
+    if args.json:
+        run(rounds, into=result, keep_logits=args.compare)
+    else:
+        show = Show(tokenizer, ids, drafts=settings["exit_layer"] > 0 and not args.no_verify)
         show.prompt(text)
-    result = run(rounds, (lambda r: None) if args.json else show)
-    if not args.json:
+        stopped = False
+        try:
+            run(rounds, show, into=result, keep_logits=args.compare)
+        except KeyboardInterrupt:
+            stopped = True
         show.finish()
         print("\n" + result.summary(), file=sys.stderr)
-    compared = run(generate(model, ids, **full)) if args.compare else None
-    if compared and not args.json:
-        print("full model: " + compared.summary(), file=sys.stderr)
-        print(comparison(result, compared), file=sys.stderr)
+        if stopped:
+            raise KeyboardInterrupt
+    if args.compare:
+        compared = run(generate(model, ids, **full), keep_logits=True)
     if args.json:
         shown = {**settings, "sampling": asdict(settings["sampling"]), "ckpt": str(args.ckpt), "prompt": text, "prompt_ids": ids}
-        shown.update(dtype=str(model.dtype).removeprefix("torch."), device=str(device), exact=not args.no_exact, threads=torch.get_num_threads())
+        shown.update(dtype=str(model.dtype).removeprefix("torch."), device=str(model.device), exact=model.exact, threads=torch.get_num_threads())
         print(json.dumps(as_json(result, tokenizer, ids, shown, compared)))
+    elif compared:
+        print("full model: " + compared.summary(), file=sys.stderr)
+        print(comparison(result, compared), file=sys.stderr)
 
 
 def comparison(result: Run, full: Run) -> str:
@@ -506,6 +550,7 @@ def converse(model: Llama, tokenizer: Tokenizer, settings: dict) -> None:
         if not text:
             continue
         try:
+            text.encode("utf-8")  # in some locales bytes that are no text arrive as lone surrogates
             ids = tokenizer.encode(text)
             rounds = generate(model, ids, **settings)
         except ValueError as error:
@@ -513,7 +558,11 @@ def converse(model: Llama, tokenizer: Tokenizer, settings: dict) -> None:
             continue
         show = Show(tokenizer, ids, drafts=settings["exit_layer"] > 0 and not settings["no_verify"])
         show.prompt(text)
-        result = run(rounds, show)
+        result = Run()
+        try:
+            run(rounds, show, into=result)
+        except KeyboardInterrupt:  # ends this completion, not the conversation
+            pass
         show.finish()
         print(result.summary() + "\n", file=sys.stderr)
 
@@ -523,12 +572,10 @@ def main() -> None:
         decode(parser().parse_args())
     except KeyboardInterrupt:
         raise SystemExit(130)
-    except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of stdout has gone; nothing is left to say to it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(1)
-        if isinstance(error, RuntimeError) and not str(error).startswith(("Expected one of", "Invalid device", "CUDA", "No CUDA", "Torch not compiled")):
-            raise
+    except BrokenPipeError:  # the reader of stdout has gone; nothing is left to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1)
+    except (ValueError, OSError) as error:
         print(f"decode.py: {str(error).splitlines()[0]}", file=sys.stderr)
         raise SystemExit(2)
 

@@ -219,18 +219,31 @@ def parse_object(text: str, name: str) -> dict:
 # Matrix products whose rows do not see each other
 
 
-def safe_rows(product, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Smallest M such that `product` gives each row the same bits at every row count from M to MAX_ROWS, in every place.
+def safe_rows(make_product, weight: Tensor) -> int:
+    """Smallest M such that make_product(weight) gives each row the same bits at every row count from M to MAX_ROWS.
 
     BLAS picks its kernel, and with it the order of summation, by the number of rows. Which counts agree depends on the
-    library and on the processor, so it is measured on the machine at hand, with random rows in all places.
+    library and on the processor, so it is measured on the machine at hand, with every place in a pass. The probe's terms
+    cancel in pairs, so that nothing is left of a sum but its rounding errors: with ordinary numbers another order shows
+    in one bfloat16 result of 5,000, with these in nearly all. (A very long weight, a head, is probed as it is.)
     Seen so far: bfloat16 and oneDNN's packed float32 agree from 1 or 2 on, MKL's float32 only at MAX_ROWS itself, and
     MKL where rows are not aligned (12 columns of float64) nowhere. 0 says so: then each row must run alone.
     """
-    smallest = 1
+    out_features, in_features = weight.shape
     generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(in_features, generator=generator)
+    first, second, left_over = order.tensor_split((in_features // 2, in_features // 2 * 2))
+
+    def draw(rows: int, sign: float) -> Tensor:
+        x = torch.randn(rows, in_features, generator=generator)
+        x[:, second] = sign * x[:, first]
+        x[:, left_over] = 0
+        return x.to(weight.device, weight.dtype)
+
+    product = make_product(weight if out_features > 1 << 14 else draw(out_features, -1.0))
+    smallest = 1
     for _ in range(1 + 64 // out_features):  # few outputs show few differences: try more inputs
-        x = torch.randn(MAX_ROWS, in_features, generator=generator).to(device, dtype)
+        x = draw(MAX_ROWS, 1.0)
         full = product(x)
         if not all(torch.equal(product(x.roll(by, 0)).roll(-by, 0), full) for by in (1, 2, MAX_ROWS // 2)):
             return 0
@@ -240,6 +253,17 @@ def safe_rows(product, in_features: int, out_features: int, dtype: torch.dtype, 
                 smallest = rows + 1
                 break
     return smallest
+
+
+def linear_product(weight: Tensor):
+    """x -> x W^T in PyTorch's own layout."""
+    return lambda x: F.linear(x, weight)
+
+
+def packed_product(weight: Tensor):
+    """x -> x W^T with the weight copied once into oneDNN's blocked layout."""
+    packed, linear = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise
+    return lambda x: linear(x, packed, None, "none", [], "")
 
 
 class RowLinear:
@@ -256,17 +280,18 @@ class RowLinear:
         weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
         weight = weight.detach()
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
-        mkldnn_types = (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
-        packs = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and weight.dtype in mkldnn_types
-        packs = packs and (exact or weight.dtype != torch.float32)  # one float32 row of a small layer is faster in MKL
-        if packs:
-            weight, linear = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise
-            self.product = lambda x: linear(x, weight, None, "none", [], "")
+        packs = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if self.dtype == torch.bfloat16:
+            packs = packs and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        elif self.dtype == torch.float32:
+            packs = packs and exact  # one float32 row of a small layer is faster in MKL
         else:
-            self.product = lambda x: F.linear(x, weight)
+            packs = False
+        make_product = packed_product if packs else linear_product
+        self.product = make_product(weight)
         key = (self.shape, self.dtype, str(self.device), torch.get_num_threads())
         if exact and key not in self.probed:
-            self.probed[key] = safe_rows(self.product, self.shape[1], self.shape[0], self.dtype, self.device)
+            self.probed[key] = safe_rows(make_product, weight)
         self.min_rows = self.probed[key] if exact else 1
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -408,6 +433,17 @@ class Attention(nn.Module):
         return (self.out or self.o_proj)(attend(q, k, v).flatten(-2))
 
 
+def row_silu(gate: Tensor) -> Tensor:
+    """SiLU whose rows do not see each other. gate (..., T, hidden_dim) is a strided view: half of each row of gate and up.
+
+    PyTorch's vector loops end in a scalar tail that rounds differently. Over strided rows each row has its own tail,
+    always at its end; but from 32768 elements on the range is cut between threads wherever it falls, so rows go singly.
+    """
+    if gate.dim() == 2 and gate.shape[0] <= MAX_ROWS and gate.numel() >= 32768:
+        return torch.stack([F.silu(row) for row in gate])
+    return F.silu(gate)
+
+
 class MLP(nn.Module):
     """SwiGLU (Shazeer, arXiv 2002.05202). Input and output (..., T, dim)."""
 
@@ -419,11 +455,9 @@ class MLP(nn.Module):
         self.gate_up = self.down = None  # set by Llama.pack
 
     def forward(self, x: Tensor) -> Tensor:
-        # gate stays a strided view of the pair: SiLU then runs row by row. Over contiguous rows its vector loop ends in a
-        # scalar tail that rounds differently, in whichever row happens to be last.
         gate_up = self.gate_up(x) if self.gate_up else torch.cat([self.gate_proj(x), self.up_proj(x)], -1)
         gate, up = gate_up.chunk(2, -1)
-        return (self.down or self.down_proj)(F.silu(gate) * up)
+        return (self.down or self.down_proj)(row_silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -489,7 +523,8 @@ class Llama(nn.Module):
         end, table = start + rows, self._rotary
         if table is None or len(table[0]) < end or table[0].dtype != self.dtype or table[0].device != self.device:
             length = min(max(1 << (end - 1).bit_length(), 256), max(self.config.max_len, end))
-            table = tuple(x[:, None].to(self.device, self.dtype) for x in rotary_tables(self.config, length))
+            with torch.inference_mode(False):  # a table made while decoding may serve training later
+                table = tuple(x[:, None].to(self.device, self.dtype) for x in rotary_tables(self.config, length))
             self._rotary = table
         return table[0][start:end], table[1][start:end]
 
@@ -531,7 +566,7 @@ PIECE = 32 << 20  # bytes read from a weight file at a time
 def load_checkpoint(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
     """A Llama from a directory, in Hugging Face's or Meta's layout. dtype None keeps the stored type.
 
-    Weights stream from the mapped file into place, a piece at a time, and are cast as they land. Meta's shards are joined
+    Weights stream from the file into place, a piece at a time, and are cast as they land. Meta's shards are joined
     and its q and k rows permuted from interleaved to half-split rotary pairs. Raises CheckpointError, one line, when the
     directory does not hold a whole, finite Llama in safetensors.
     """

@@ -51,7 +51,8 @@ class Tokenizer:
             raise ValueError(f"{path} is not a tokenizer: {' '.join(str(error).split())}") from None
         self.vocab_size = max(model.get_vocab().values(), default=-1) + 1
         start = model.encode("").ids  # what its own template puts before a text
-        self.bos, self.eos = (start[0] if start else None), None
+        ends = (model.token_to_id(name) for name in ("<|end_of_text|>", "<|eot_id|>", "</s>"))
+        self.bos, self.eos = (start[0] if start else None), next((i for i in ends if i is not None), None)
         self._encode = lambda text: model.encode(text).ids
         self._decode = lambda ids: model.decode(ids, skip_special_tokens=True)
 
@@ -83,20 +84,21 @@ class Stream:
     def __init__(self, tokenizer: Tokenizer, context: list[int]):
         self.tokenizer = tokenizer
         self.window = list(context[-self.KEEP :])
-        self.printed = len(tokenizer.decode(self.window))
+        self.printed = tokenizer.decode(self.window)
 
     def feed(self, ids: list[int]) -> str:
         self.window += ids
         text = self.tokenizer.decode(self.window)
-        # An unfinished character decodes to U+FFFD at the end, one for each of its bytes, which are at most three.
-        settled = max(len(text.rstrip("\ufffd")), len(text) - 3)
-        new, self.printed = text[self.printed : settled], max(self.printed, settled)
-        if settled == len(text) and len(self.window) > 4 * self.KEEP:
+        settled = text.rstrip("\ufffd")  # an unfinished character decodes to U+FFFD, at the end
+        if text != settled and not settled.startswith(self.printed):
+            return ""  # tokenizer.json's byte fallback takes back whole characters while the next one is unfinished
+        new, self.printed = settled[len(self.printed) :], max(settled, self.printed, key=len)
+        if settled == text and len(self.window) > 4 * self.KEEP:
             self.window = self.window[-self.KEEP :]
-            self.printed = len(self.tokenizer.decode(self.window))
+            self.printed = self.tokenizer.decode(self.window)
         return new
 
     def finish(self) -> str:
         text = self.tokenizer.decode(self.window)
-        new, self.printed = text[self.printed :], len(text)
+        new, self.printed = text[len(self.printed) :], text
         return new

@@ -1,4 +1,4 @@
-"""Training a Llama whose every layer can be an exit: LayerSkip (arXiv 2404.16710), sections 3 and 4.
+"""Training a Llama whose every layer can be an exit: LayerSkip (arXiv 2404.16710), section 4.1.
 
     J = sum_l ẽ(t, l) CE(g(x_{l+1}), Y)          early-exit loss over the layers of this step   (exit_weights)
     x_{l+1} = x_l + M(p(l, t)) f_l(x_l)          layer dropout, drawn per sample and per layer   (run_with_dropout)
@@ -32,12 +32,12 @@ from tokenizer import Tokenizer
 
 def layer_dropout(l: int, n_layers: int, p_max: float) -> float:
     """Probability of skipping layer l: p(l) = D(l) p_max, D(l) = exp(l ln2 / (L-1)) - 1, from 0 at the first layer to
-    p_max at the last. (LayerSkip equation 1, with S(t) = 1.)"""
+    p_max at the last. (LayerSkip, section 4.1.1, with S(t) = 1; the paper lets S grow with t when it trains from scratch.)"""
     return p_max * (math.exp(l * math.log(2) / max(n_layers - 1, 1)) - 1)
 
 
 def exit_weights(t: int, n_layers: int, exits: list[int], rotation: int, e_scale: float, uniform: bool) -> dict[int, float]:
-    """Weight ẽ(t, l) of each exit that step t trains, by exit layer E = l + 1; they sum to 1. (LayerSkip equations 3-5.)
+    """Weight ẽ(t, l) of each exit that step t trains, by exit layer E = l + 1; they sum to 1. (LayerSkip, section 4.1.2.)
 
     ẽ(t, l) = C(t, l) e(l) / sum_i C(t, i) e(i) with the rotational curriculum C: of the chosen `exits`, every `rotation`-th
     one, shifted by one each step, and the last layer always. e(l) = e_scale * sum_{i<=l} i below the last layer and
@@ -65,7 +65,7 @@ def exit_weights(t: int, n_layers: int, exits: list[int], rotation: int, e_scale
 
 def run_with_dropout(layer, h: Tensor, cos: Tensor, sin: Tensor, kept: Tensor) -> Tensor:
     """x + M f(x): `layer` on the samples of h (B, T, dim) where kept (B,) is true; the others pass unchanged and cost
-    nothing. Unlike Dropout there is no rescaling, in training or at inference (LayerSkip, section 3.1)."""
+    nothing. Unlike Dropout there is no rescaling, in training or at inference (LayerSkip, section 4.1.1)."""
     if kept.all():
         return layer(h, cos, sin)
     if not kept.any():
@@ -204,7 +204,7 @@ def train(args: argparse.Namespace) -> None:
             if args.minutes and step == 20:  # after compilation: turn the time budget into a number of steps
                 started, seen = time.time(), 0
             if args.minutes and step == 40:
-                steps = 40 + int((args.minutes * 60) / ((time.time() - started) / 20))
+                steps = 41 + int(args.minutes * 60 / ((time.time() - started) / 20))
                 log(f"\n{args.minutes} minutes are {steps} steps")
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * learning_rate(step, steps, args.warmup)

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from decode import DEFAULT_CKPT, DEFAULT_PROMPT, comparison, generate, generation_defaults, run  # noqa: E402
+from decode import DEFAULT_CKPT, DEFAULT_PROMPT, comparison, drafting_defaults, generate, generation_defaults, run  # noqa: E402
 from model import load_checkpoint  # noqa: E402
 from tokenizer import Stream, Tokenizer  # noqa: E402
 
@@ -20,16 +20,12 @@ COLUMNS, LINES, WIDTH, HEIGHT = 88, 26, 8.4, 18
 
 def main() -> None:
     ckpt = Path(sys.argv[2]) if sys.argv[1:2] == ["--ckpt"] else DEFAULT_CKPT
-    model, tokenizer, found = load_checkpoint(ckpt).pack(), Tokenizer(ckpt), generation_defaults(ckpt)
-    settings = dict(
-        exit_layer=found["assistant_early_exit"],
-        draft_len=found["num_assistant_tokens"],
-        min_confidence=found["assistant_confidence_threshold"],
-    )
+    model, tokenizer = load_checkpoint(ckpt).pack(), Tokenizer(ckpt)
+    settings = drafting_defaults(generation_defaults(ckpt), model.config)
     ids = tokenizer.encode(DEFAULT_PROMPT)
     for warm in (settings, {}):
         run(generate(model, ids, max_new_tokens=16, **warm))
-    drafted, full = run(generate(model, ids, max_new_tokens=256, **settings)), run(generate(model, ids, max_new_tokens=256))
+    drafted, full = (run(generate(model, ids, max_new_tokens=256, **how), keep_logits=True) for how in (settings, {}))
 
     stream, parts = Stream(tokenizer, ids), [("$ python decode.py --compare\n", TEXT)]
     parts += [("drafted and accepted", GREEN), (", ", TEXT), ("the verifier's own", BLUE), ("\n\n", TEXT), (DEFAULT_PROMPT, DIM)]

@@ -31,8 +31,9 @@ def cli(ckpt, capsys, monkeypatch):
     """cli("--full", stdin=b"...") -> code, out, err of decode.py on the small checkpoint."""
 
     def call(*args, stdin=b"", on=ckpt):
-        monkeypatch.setattr(sys, "argv", ["decode.py", *(["--ckpt", str(on)] if on else []), *args])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        monkeypatch.setattr(sys, "argv", ["decode.py", "--ckpt", str(on), *args])
+        reader = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8", errors="surrogateescape")
+        monkeypatch.setattr(sys, "stdin", reader)
         code = 0
         try:
             decode.main()
@@ -88,7 +89,7 @@ def test_json_is_one_object_with_every_field(cli):
     assert found["identical"] is True and found["full_ids"] == found["ids"]
     assert [t for r in found["rounds"] for t in r["emitted"]] == found["ids"] and len(found["ids"]) == 30
     assert found["settings"]["exit_layer"] == 2 and found["settings"]["draft_len"] == 4
-    assert found["text"] == cli(*SHORT).out[: len(found["text"])]
+    assert cli(*SHORT).out == found["text"] + "\n"
     assert not {"full_ids", "identical", "speedup"} & set(json.loads(cli(*SHORT, "--json").out))
 
 
@@ -122,8 +123,12 @@ def test_defaults_come_with_the_checkpoint(cli, ckpt):
     try:
         settings = json.loads(cli(*SHORT, "--json").out)["settings"]
         assert (settings["exit_layer"], settings["draft_len"], settings["min_confidence"], settings["eos"]) == (3, 2, 0.0, [2, 5])
-        file.write_text("{")
-        assert_one_line(cli(*SHORT))
+        file.write_text('{"num_assistant_tokens": 20, "eos_token_id": 0}')  # 20 is transformers' own default
+        settings = json.loads(cli(*SHORT, "--json").out)["settings"]
+        assert settings["draft_len"] == 15 and settings["eos"] == [0]
+        for bad in ("{", '{"eos_token_id": "x"}', '{"assistant_early_exit": 1.5}'):
+            file.write_text(bad)
+            assert_one_line(cli(*SHORT))
     finally:
         file.unlink()
 
@@ -150,6 +155,9 @@ BAD = {
     "negative top-k": ["--top-k", "-2"],
     "negative seed": ["--seed", "-1"],
     "unknown device": ["--device", "toaster"],
+    "absent device": ["--device", "cuda:77"],
+    "device without memory": ["--device", "meta"],
+    "interactive and compare": ["--interactive", "--compare"],
     "prompt given twice": ["-", "--prompt", "x"],
     "interactive with a prompt": ["--interactive", "--prompt", "x"],
 }
@@ -163,6 +171,33 @@ def test_bad_input_is_one_line_and_exit_code_two(cli, case):
 def test_stdin_that_is_not_utf8_is_one_line(cli):
     assert_one_line(cli("-", stdin=b"abc\xff\xfe"))
     assert_one_line(cli("-", stdin=b""))
+    assert_one_line(cli("-", stdin=None))
+
+
+def test_a_line_that_is_not_utf8_does_not_end_the_conversation(cli):
+    run = cli("--interactive", "--max-new-tokens", "30", stdin=b"caf\xe9\ndef f(x):\n")
+    assert run.code == 0 and run.err.count("decode.py: ") == 1 and run.err.count("tokens/s") == 1
+
+
+@pytest.mark.parametrize("how", [[], ["--compare"], ["--json"], ["--compare", "--json"]])
+@pytest.mark.parametrize("after", [0, 1, 4, 50])
+def test_an_interrupt_shows_what_was_done_and_claims_nothing(cli, monkeypatch, how, after):
+    """After so many rounds, counted over warm-up, draft and comparison."""
+    count, real = [0], decode.generate
+
+    def interrupted(*args, **settings):
+        for r in real(*args, **settings):
+            if count[0] == after:
+                raise KeyboardInterrupt
+            count[0] += 1
+            yield r
+
+    monkeypatch.setattr(decode, "generate", interrupted)
+    run = cli(*SHORT, "--exit", "1", "--min-confidence", "0", *how)
+    finished = after == 50 and "--compare" not in how
+    assert run.code == (0 if finished else 130)
+    assert "identical" not in run.err and "Traceback" not in run.err
+    assert (run.out != "") == finished or "--json" not in how
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.model"])

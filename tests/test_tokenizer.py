@@ -58,6 +58,21 @@ def test_bytes_that_are_no_text_never_stop_the_stream(tokenizer, ids):
     assert "".join(stream.feed([i]) for i in ids) + stream.finish() == tokenizer.decode(ids)
 
 
+def test_byte_fallback_of_tokenizer_json_streams_whole_characters(tmp_path):
+    """Its decoder turns a whole run of bytes into U+FFFD while the last character is unfinished, printed ones included."""
+    import tokenizers
+    from tokenizers import decoders, models
+
+    vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"a": 256, "b": 257}
+    fast = tokenizers.Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    for text in ("a😀😀b", "a漢字b", "漢字", "éé", "aé"):
+        stream, ids = Stream(tokenizer, []), tokenizer.encode(text)
+        assert "".join(stream.feed([i]) for i in ids) + stream.finish() == text == tokenizer.decode(ids)
+
+
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
     with pytest.raises(ValueError):

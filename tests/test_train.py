@@ -121,10 +121,20 @@ def test_crops_are_a_function_of_seed_and_step():
     assert len(starts.unique()) > 600, "steps and seeds draw other places"
 
 
-def test_held_out_files_are_never_trained_on():
-    files = data.stdlib_files()
-    held = [f for f in files if data.is_held_out(f)]
-    assert 5 < len(held) < 0.1 * len(files) and not any("test" in f.parts for f in files)
+def test_held_out_files_are_never_trained_on(monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setattr(train, "write_tokens", lambda texts, tokenizer, path: written.append(set(texts)))
+    monkeypatch.setattr(train, "train_tokenizer", lambda texts, vocab, path: written.append(set(texts)) or type("T", (), dict(vocab_size=vocab)))
+    train.prepare_data(tmp_path, 400)
+    for_tokenizer, trained, held_out = written
+    assert for_tokenizer == trained and len(trained) > 10 * len(held_out) > 50
+    assert len(trained & held_out) <= 1, "the empty text of an empty __init__.py may be in both"
+
+
+def test_a_vocabulary_that_cannot_be_trained_is_refused_and_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError) as refused:
+        data.train_tokenizer(["abc"], 100, tmp_path / "tokenizer.model")
+    assert "\n" not in str(refused.value) and not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
