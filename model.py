@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from cache import KVQCache
 
 MAX_ROWS = 16  # the most rows of one decoding pass that is held to the bit; longer passes are prefill
-ALIGNED = 64  # elements; the widest vector that BLAS aligns to is 64 bytes
 PREFILL_ROWS = 512  # a long prompt runs through the layers in pieces of this many rows, to bound memory
 
 
@@ -347,10 +346,10 @@ class CachedAttention:
     Exact passes (T <= MAX_ROWS) treat the rows as a *batch* of single-row queries over the one cache: keys and values are
     expanded, not copied, each row has its own mask row, and a row at position p sees a view of the cache whose length
     depends on p alone (the next multiple of cache.VIEW). So every row meets the same shapes whichever pass computes it.
-    The query heads that share a key/value head are the rows of its small matrix products; a model without sharing is
-    given a second, idle query row, because one-row products (GEMV) in MKL change bits with the batch size. And each row
-    starts on a boundary of ALIGNED elements, as it does by itself in any usual head size: MKL's order of summation
-    also depends on the alignment of its operands.
+    The query heads that share a key/value head are the rows of its small matrix products; they are padded to a multiple
+    of 8, so that every operand and every thread's scratch memory starts on 64 bytes: MKL's order of summation depends on
+    alignment, and on whether a product has one row. A single row of a model with a single key/value head runs twice:
+    alone it would not be spread over threads, and MKL would split its products between threads instead.
 
     Other passes, prefill and exact=False, are one ordinary attention with a causal mask.
     """
@@ -384,15 +383,13 @@ class CachedAttention:
             mask = self.mask.repeat(heads // groups, 1)
             out = F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=mask)
             return out.view(groups, heads // groups, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, heads, head_dim)
-        if heads == groups:
-            q = q.repeat(1, 1, 2, 1)
-        if q.stride(0) % ALIGNED:
-            flat = q.flatten(1)
-            q = F.pad(flat, (0, -flat.shape[1] % ALIGNED))[:, : flat.shape[1]].view(q.shape)
+        q = F.pad(q, (0, 0, 0, -q.shape[2] % 8)).contiguous()
         out = []
         for first, last, view, mask in self.slices:
-            keys, values = (x.expand(last - first, -1, -1, -1) for x in self.cache.read(layer, view))
-            out.append(F.scaled_dot_product_attention(q[first:last], keys, values, attn_mask=mask))
+            count = last - first
+            part = q[first:last] if count * groups > 1 else q[first:last].expand(2, -1, -1, -1)
+            keys, values = (x.expand(part.shape[0], -1, -1, -1) for x in self.cache.read(layer, view))
+            out.append(F.scaled_dot_product_attention(part, keys, values, attn_mask=mask)[:count])
         out = out[0] if len(out) == 1 else torch.cat(out)
         return out[:, :, : heads // groups].reshape(rows, heads, head_dim)
 

@@ -22,9 +22,9 @@ def cases(draw):
         dim=draw(st.sampled_from([12, 24, 50, 64])),
         hidden_dim=draw(st.sampled_from([20, 33, 64, 100])),
         n_layers=n_layers,
-        n_heads=n_kv_heads * draw(st.sampled_from([1, 2, 4])),
+        n_heads=n_kv_heads * draw(st.sampled_from([1, 2, 3, 4, 8])),
         n_kv_heads=n_kv_heads,
-        head_dim=draw(st.sampled_from([4, 6, 16])),
+        head_dim=draw(st.sampled_from([4, 6, 16, 64])),
         max_len=draw(st.sampled_from([70, 150])),
         tied=draw(st.booleans()),
     )
