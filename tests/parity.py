@@ -93,7 +93,7 @@ def check(number: int, path: Path) -> tuple[float, float]:
     expected = reference(tokens).logits
 
     model = load_checkpoint(path / "hf")
-    assert model.dtype == torch.float64 and ("index" in str(list((path / "hf").iterdir()))) == (number % 3 == 0)
+    assert model.dtype == torch.float64
     error64 = relative(model(tokens), expected)
     assert error64 < 1e-9, f"case {number}: float64 logits differ by {error64:.1e}"
     error32 = relative(load_checkpoint(path / "hf", torch.float32)(tokens), reference.float()(tokens).logits)

@@ -1,6 +1,8 @@
 """The shipped checkpoint, on held-out prompts: the text of the full model, whichever layer drafts."""
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -13,14 +15,11 @@ from tokenizer import Tokenizer
 SETTINGS = [(2, 5, 0.3), (3, 8, 0.3), (4, 4, 0.0), (6, 3, 0.5), (8, 6, 0.0)]  # exit layer, draft length, confidence
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_twenty_held_out_prompts_decode_to_identical_streams(shipped, dtype, temperature):
-    model, tokenizer = load_checkpoint(shipped, dtype), Tokenizer(shipped)
-    prompts = held_out_prompts(20, tokenizer, 64)
-    assert len(prompts) == 20
-    drafted = accepted = 0
-    for number, prompt in enumerate(prompts):
+def share_accepted(shipped, dtype, temperature: float, prompts: int, threads: int) -> float:
+    """Decodes held-out prompts plainly and drafted, compares every token and logit, returns the share of drafts accepted."""
+    torch.set_num_threads(threads)
+    model, drafted, accepted = load_checkpoint(shipped, dtype), 0, 0
+    for number, prompt in enumerate(held_out_prompts(prompts, Tokenizer(shipped), 64)):
         exit_layer, draft_len, confidence = SETTINGS[number % len(SETTINGS)]
         common = dict(max_new_tokens=200, sampling=Sampling(temperature, top_p=0.95, seed=number), eos=())
         full = list(generate(model, prompt, **common))
@@ -29,7 +28,25 @@ def test_twenty_held_out_prompts_decode_to_identical_streams(shipped, dtype, tem
         assert torch.equal(torch.cat([r.logits for r in rounds]), torch.cat([r.logits for r in full]))
         drafted += sum(len(r.drafted) for r in rounds)
         accepted += sum(r.accepted for r in rounds)
-    assert 0.2 * drafted < accepted < drafted
+    return accepted / drafted
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_twenty_held_out_prompts_decode_to_identical_streams(shipped, temperature):
+    """Both types at once, one thread each."""
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        runs = [pool.submit(share_accepted, shipped, dtype, temperature, 20, 1) for dtype in (torch.bfloat16, torch.float32)]
+        assert all(0.2 < run.result() < 1 for run in runs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_streams_are_identical_on_several_threads(shipped, dtype, temperature):
+    before = torch.get_num_threads()
+    try:
+        assert 0.2 < share_accepted(shipped, dtype, temperature, 2, max(before, 2)) < 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_checkpoint_is_small_and_says_how_it_was_made(shipped):
