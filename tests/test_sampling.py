@@ -12,7 +12,7 @@ from decode import Sampling, gumbel, keep_likely, next_token
 LOGITS = torch.tensor([2.0, 1.5, 1.4, 0.5, 0.0, -0.3, -1.0, -2.0, 0.9, 0.7])
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.6), Sampling(1.7, top_k=4), Sampling(1.3, 6, 0.9, 11)])
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.6), Sampling(1.7, top_k=4), Sampling(1.0, top_p=0.8), Sampling(1.3, 6, 0.9, 11)])
 def test_tokens_follow_the_filtered_softmax(sampling):
     draws = 50_000
     counts = torch.zeros(len(LOGITS))
