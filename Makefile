@@ -8,7 +8,8 @@ demo: .venv/ready        ## a streamed completion, and the proof that it is the 
 	$(RUN) decode.py --compare
 
 test: .venv/ready        ## the whole test suite; EXAMPLES=2000 makes the property tests look further
-	$(RUN) -m pytest -q tests
+	$(RUN) -m pytest -q tests -m threads
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests -m "not threads" -n auto --dist worksteal
 
 parity: .venv/ready      ## logits, greedy text and saved files against transformers, over 200 random configs
 	$(RUN) -m pip install --quiet --disable-pip-version-check transformers==5.23.0

@@ -1,14 +1,19 @@
-"""Files to token memmaps; the default corpus is the Python standard library's own source.
+"""Text to token memmaps; the default corpus is the Python standard library's own source.
 
 Every machine that runs this has that text, in nearly the same version, so the shipped checkpoint can be trained again
-anywhere without a download. Files are split by a hash of their name into train and held-out, so the split survives a
-change of Python version.
+anywhere without a download. Documents are split by a hash of their name into train and held-out, so the split survives a
+change of Python version. Text streams through: a corpus may be larger than memory.
 """
 
 import hashlib
 import io
+import json
+import os
 import re
 import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,39 +23,96 @@ from torch import Tensor
 
 from tokenizer import Tokenizer
 
-HELD_OUT = 0.04  # share of files that training never sees
+HELD_OUT = 0.04  # share of documents that training never sees
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
 LEFT_OUT |= {"encodings", "pydoc_data"}  # tables and a dump of the manual, not source that anybody wrote
+PACKAGES = ("torch", "numpy", "sympy", "networkx")  # torch brings the last two
+PIECE = 1 << 16  # characters of a .txt file that make one document
+IGNORED = -100  # target of a token that has no loss
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text; of `prompt`, which comes before it, nothing is learned."""
+
+    name: str
+    text: str
+    prompt: str = ""
+
+    @property
+    def held_out(self) -> bool:
+        digest = hashlib.sha256(self.name.encode()).digest()
+        return int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32
 
 
 def stdlib_files() -> list[Path]:
     """The standard library's .py files without its tests, sorted by name."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+    return source_files(Path(sysconfig.get_paths()["stdlib"]))
+
+
+def package_files() -> list[Path]:
+    """The .py files, without tests, of those of PACKAGES that are installed."""
+    found = [find_spec(name) for name in PACKAGES]
+    return [f for spec in found if spec and spec.origin for f in source_files(Path(spec.origin).parent)]
+
+
+def source_files(root: Path) -> list[Path]:
+    """The .py files below `root` without tests, sorted by name."""
     return sorted(f for f in root.rglob("*.py") if not LEFT_OUT & set(f.relative_to(root).parts))
 
 
-def is_held_out(file: Path) -> bool:
-    """Whether a file belongs to the held-out split; decided by the hash of its last two path parts."""
-    digest = hashlib.sha256("/".join(file.parts[-2:]).replace(_versioned(), "python").encode()).digest()
-    return int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32
-
-
-def _versioned() -> str:
-    return Path(sysconfig.get_paths()["stdlib"]).name  # python3.11
-
-
-def read_texts(files: list[Path]) -> list[str]:
-    """The text of each file that is UTF-8."""
-    texts = []
+def read_files(files: Iterable[Path]) -> Iterator[Document]:
+    """Each file that is UTF-8 as a document, named by its last two path parts."""
+    version = Path(sysconfig.get_paths()["stdlib"]).name  # python3.11
     for file in files:
         try:
-            texts.append(file.read_text(encoding="utf-8"))
+            yield Document("/".join(file.parts[-2:]).replace(version, "python"), file.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, OSError):
             continue
-    return texts
 
 
-def train_tokenizer(texts: list[str], vocab_size: int, path: Path) -> Tokenizer:
+def read_lines(path: Path) -> Iterator[Document]:
+    """Each line of a JSONL file with "text", or "prompt" and "completion", as a document."""
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                text, prompt = (row["completion"], row["prompt"]) if "completion" in row else (row["text"], "")
+                if not isinstance(text, str) or not isinstance(prompt, str):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f'{path}, line {number}: not a JSON object with strings "prompt" and "completion", or "text"') from None
+            yield Document(f"{path.name}:{number}", text, prompt)
+
+
+def read_corpus(sources: list[str]) -> Iterator[Document]:
+    """Documents of "stdlib", "packages" (installed ones: PACKAGES), .jsonl and .txt files, and directories of text files.
+
+    Raises ValueError where a source is missing or cannot be read as text.
+    """
+    for source in sources:
+        path = Path(source)
+        if source in ("stdlib", "packages"):
+            yield from read_files(stdlib_files() if source == "stdlib" else package_files())
+        elif path.is_dir():
+            yield from read_files(sorted(f for f in path.rglob("*") if f.is_file()))
+        elif not path.is_file():
+            raise ValueError(f"no data at {source}: give stdlib, packages, a directory, a .txt or a .jsonl file")
+        else:
+            try:
+                if path.suffix == ".jsonl":
+                    yield from read_lines(path)
+                    continue
+                with open(path, encoding="utf-8") as file:
+                    for number, lines in enumerate(iter(lambda: file.readlines(PIECE), [])):
+                        yield Document(f"{path.name}:{number}", "".join(lines))
+            except UnicodeDecodeError:
+                raise ValueError(f"{source} is not UTF-8 text") from None
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
     """Trains a sentencepiece BPE tokenizer that gives back every character but U+2581, its own sign for a space: byte
     fallback, no normalisation, no dummy prefix, runs of spaces as pieces, newline a piece of its own. Writes `path`."""
     lines = (line for text in texts for line in text.split("\n") if line and "\0" not in line)
@@ -70,29 +132,67 @@ def train_tokenizer(texts: list[str], vocab_size: int, path: Path) -> Tokenizer:
             split_digits=True,
             user_defined_symbols=["\n"],
             max_sentence_length=1 << 16,
+            input_sentence_size=2_000_000,  # a larger corpus is sampled
             num_threads=1,
             minloglevel=2,
         )
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of {vocab_size} tokens can be trained on this text: {' '.join(str(error).split())}") from None
-    path.write_bytes(model.getvalue())
+    aside = path.with_suffix(".new")
+    aside.write_bytes(model.getvalue())
+    os.replace(aside, path)
     return Tokenizer(path)
 
 
-def write_tokens(texts: list[str], tokenizer: Tokenizer, path: Path) -> np.ndarray:
-    """Encodes texts as BOS, tokens, EOS each, one after another, into a memmap file of uint16 or uint32."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    with open(path, "wb") as file:
-        for text in texts:
-            np.array(tokenizer.encode(text) + [tokenizer.eos], dtype=dtype).tofile(file)
-    return np.memmap(path, dtype=dtype, mode="r")
+class Tokens:
+    """Token ids of documents, one after another, in a memmap; where documents have prompts, also which ids have a loss."""
+
+    def __init__(self, path: Path, vocab_size: int):
+        self.ids = np.memmap(path, dtype=self.dtype(vocab_size), mode="r")
+        mask = path.with_suffix(".mask")
+        self.learned = np.memmap(mask, dtype=np.bool_, mode="r") if mask.exists() else None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @staticmethod
+    def dtype(vocab_size: int) -> type:
+        return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+    def crops(self, batch: int, length: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (batch, length) at random places: a pure function of (seed, step). What has no loss is IGNORED."""
+        starts = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step])).integers(0, len(self) - length, batch)
+        rows = torch.from_numpy(np.stack([self.ids[s : s + length + 1] for s in starts]).astype(np.int64))
+        inputs, targets = rows[:, :-1], rows[:, 1:]
+        if self.learned is not None:
+            learned = torch.from_numpy(np.stack([self.learned[s + 1 : s + length + 1] for s in starts]))
+            targets = targets.masked_fill(~learned, IGNORED)
+        return inputs, targets
 
 
-def crops(tokens: np.ndarray, batch: int, length: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (batch, length) at random places: a pure function of (seed, step)."""
-    starts = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step])).integers(0, len(tokens) - length, batch)
-    rows = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
-    return rows[:, :-1], rows[:, 1:]
+def write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, folder: Path) -> tuple[Tokens, Tokens]:
+    """Encodes each document as BOS, tokens, EOS into folder/train.bin or folder/held_out.bin; returns both.
+
+    A .mask file beside it says which ids have a loss, when some have none.
+    """
+    dtype, names = Tokens.dtype(tokenizer.vocab_size), ("train", "held_out")
+    files = {name: (open(folder / f"{name}.bin", "wb"), open(folder / f"{name}.mask", "wb")) for name in names}
+    prompts = False
+    for document in documents:
+        ids, mask = files[names[document.held_out]]
+        prompt = tokenizer.encode(document.prompt) if document.prompt else []
+        text = tokenizer.encode(document.text, bos=not prompt) + [tokenizer.eos] * (tokenizer.eos is not None)
+        np.array(prompt + text, dtype=dtype).tofile(ids)
+        np.array([False] * len(prompt) + [True] * len(text)).tofile(mask)
+        prompts = prompts or bool(prompt)
+    for file in (f for pair in files.values() for f in pair):
+        file.close()
+    for name in names:
+        if not prompts:
+            (folder / f"{name}.mask").unlink()
+        if not (folder / f"{name}.bin").stat().st_size:
+            raise ValueError(f"the data is too short: no document fell to the {name.replace('_', '-')} part")
+    return Tokens(folder / "train.bin", tokenizer.vocab_size), Tokens(folder / "held_out.bin", tokenizer.vocab_size)
 
 
 def held_out_prompts(count: int, tokenizer: Tokenizer, length: int) -> list[list[int]]:
@@ -101,9 +201,9 @@ def held_out_prompts(count: int, tokenizer: Tokenizer, length: int) -> list[list
     They take turns: one from every file before a second from any.
     """
     places = []
-    for text in read_texts([f for f in stdlib_files() if is_held_out(f)]):
+    for text in (d.text for d in read_files(stdlib_files()) if d.held_out):
         heads = [m.end() for m in re.finditer(r"\n *def [^\n]*:\n", text) if m.end() > 8 * length]
         picked = heads[len(heads) // 8 :: max(1, len(heads) // 4)][:4]
-        places += [(turn, text[: place]) for turn, place in enumerate(picked)]
+        places += [(turn, text[:place]) for turn, place in enumerate(picked)]
     places.sort(key=lambda p: p[0])
     return [[tokenizer.bos] + tokenizer.encode(text[-8 * length :], bos=False)[1 - length :] for _, text in places[:count]]

@@ -20,6 +20,11 @@ settings.register_profile(
 settings.load_profile("fixed")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "threads: exactness on all cores; runs alone, without other test processes beside it")
+    config.addinivalue_line("filterwarnings", "ignore:torch.distributed is disabled")
+
+
 @pytest.fixture(scope="session")
 def shipped() -> Path:
     return ROOT / "checkpoints" / "pystdlib"

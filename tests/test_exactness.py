@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from decode import Sampling, generate, new_cache
 from model import MAX_ROWS, RowLinear, row_silu, safe_rows
 
+pytestmark = pytest.mark.threads
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 

@@ -1,12 +1,14 @@
-"""Schedules against values worked out by hand from the paper, and what a step does to a model."""
+"""Schedules against values worked out by hand from the papers, and what a step does to a model."""
 
 import json
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,33 +17,90 @@ import data
 import train
 from model import load_checkpoint
 from tokenizer import Tokenizer
+from train import LAYERSKIP, RECIPES, Recipe
+
+SHAPE = "--layers 3 --dim 32 --hidden-dim 48 --heads 2 --kv-heads 1 --head-dim 16 --vocab 400".split()
 
 
-def test_layer_dropout_grows_exponentially_from_zero_to_p_max():
-    rates = [train.layer_dropout(l, 5, 0.2) for l in range(5)]
-    # 2^(l/4) - 1 = 0, 0.189207, 0.414214, 0.681793, 1
-    assert rates == pytest.approx([0, 0.0378414, 0.0828427, 0.1363586, 0.2], abs=1e-7)
+def dropouts(recipe: Recipe, t: int, layers: int = 5, steps: int = 101) -> list[float]:
+    return [train.layer_dropout(l, t, layers, steps, recipe) for l in range(layers)]
 
 
-def test_exit_weights_are_the_papers():
+# ---------------------------------------------------------------------------------------------------------- schedules
+
+
+def test_layerskip_dropout_grows_exponentially_over_layers_and_from_scratch_over_time():
+    # D(l) = 2^(l/4) - 1 = 0, 0.189207, 0.414214, 0.681793, 1
+    depth = [0, 0.1892071, 0.4142136, 0.6817928, 1]
+    assert dropouts(LAYERSKIP["continual"], 17) == pytest.approx([0.1 * d for d in depth], abs=1e-7)
+    # S(t) = 2^(t/100) - 1: 0 at the start, 0.4142136 halfway, 1 at the end
+    for t, s in ((0, 0), (50, 0.4142136), (100, 1)):
+        assert dropouts(LAYERSKIP["scratch"], t) == pytest.approx([0.1 * s * d for d in depth], abs=1e-7)
+
+
+def test_layerdrop_is_one_constant():
+    assert dropouts(RECIPES["layerdrop"], 3) == dropouts(RECIPES["layerdrop"], 90) == [0.2] * 5
+    assert RECIPES["layerdrop"].dropout_unit == "batch" and not RECIPES["layerdrop"].rescale
+
+
+def test_progressive_layer_dropping_keeps_by_depth_and_time():
+    # theta(t) = 0.5 exp(-100 t / T) + 0.5; T = 101, t = 1: exp(-0.990099) = 0.371540, theta = 0.685770
+    keep = [1 - (l / 5) * (1 - 0.685770) for l in range(5)]
+    assert [1 - p for p in dropouts(RECIPES["pld"], 1)] == pytest.approx(keep, abs=1e-6)
+    assert dropouts(RECIPES["pld"], 0) == [0] * 5
+    assert dropouts(RECIPES["pld"], 100) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert RECIPES["pld"].rescale and RECIPES["pld"].dropout_unit == "batch"
+
+
+def test_plain_and_lite_drop_nothing():
+    assert dropouts(RECIPES["plain"], 50) == dropouts(RECIPES["lite"], 50) == [0] * 5
+
+
+def test_the_published_settings_of_layerskip():
+    found = {phase: (r.p_max, r.e_scale, r.rotation or 23, r.dropout_time) for phase, r in LAYERSKIP.items()}
+    assert found == {"scratch": (0.1, 0.2, 23, "exp"), "continual": (0.1, 0.2, 8, "constant"), "finetune": (0.1, 1.0, 16, "constant")}
+    assert len(train.exit_layers(LAYERSKIP["scratch"], 24)) == 23
+
+
+def test_exit_weights_are_layerskips():
     # L = 4, e_scale = 0.5: e = 0, 0.5, 1.5, then 3 + 0.5 (0 + 1 + 2) = 4.5
-    weights = train.exit_weights(0, 4, [1, 2, 3], rotation=1, e_scale=0.5, uniform=False)
-    assert weights == pytest.approx({2: 0.5 / 6.5, 3: 1.5 / 6.5, 4: 4.5 / 6.5})
+    recipe = Recipe(exits="1,2,3", rotation=1, e_scale=0.5)
+    assert train.exit_weights(0, 4, 10, recipe) == pytest.approx({2: 0.5 / 6.5, 3: 1.5 / 6.5, 4: 4.5 / 6.5})
+
+
+def test_lite_weighs_every_eighth_layer_from_a_quarter_on_alike():
+    assert train.exit_weights(5, 32, 10, RECIPES["lite"]) == pytest.approx({e: 1 / 7 for e in (8, 12, 16, 20, 24, 28, 32)})
 
 
 def test_uniform_exit_weights():
-    assert train.exit_weights(0, 4, [1, 3], 1, e_scale=0.25, uniform=True) == pytest.approx({1: 1 / 6, 3: 1 / 6, 4: 4 / 6})
+    recipe = Recipe(exits="1,3", rotation=1, e_scale=0.25, uniform_exits=True)
+    assert train.exit_weights(0, 4, 10, recipe) == pytest.approx({1: 1 / 6, 3: 1 / 6, 4: 4 / 6})
 
 
 def test_rotation_trains_every_exit_once_per_period_and_the_last_always():
-    steps = [set(train.exit_weights(t, 9, list(range(2, 9)), rotation=3, e_scale=1.0, uniform=False)) for t in range(6)]
+    steps = [set(train.exit_weights(t, 9, 100, Recipe(exits="2,3,4,5,6,7,8", rotation=3))) for t in range(6)]
     assert steps[:3] == steps[3:] == [{2, 5, 8, 9}, {3, 6, 9}, {4, 7, 9}]
+    once = [set(train.exit_weights(t, 5, 100, Recipe(exits="2,3,4", rotation=0))) for t in range(4)]
+    assert once == [{2, 5}, {3, 5}, {4, 5}, {2, 5}]
 
 
-@given(st.integers(2, 40), st.integers(0, 100), st.integers(1, 10), st.floats(0, 2), st.booleans())
-def test_exit_weights_sum_to_one(n_layers, t, rotation, e_scale, uniform):
-    weights = train.exit_weights(t, n_layers, list(range(1, n_layers)), rotation, e_scale, uniform)
+def test_the_gradual_curriculum_adds_a_layer_from_the_last_down_every_t_over_2l_steps():
+    active = [sorted(train.exit_weights(t, 4, 80, Recipe(exits="all", curriculum="gradual", uniform_exits=True))) for t in (0, 9, 10, 20, 30, 79)]
+    assert active == [[4], [4], [3, 4], [2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
+
+
+def test_recipes_without_exits_train_the_last_layer_alone():
+    assert all(train.exit_weights(3, 6, 10, RECIPES[name]) == {6: 1.0} for name in ("plain", "layerdrop", "pld"))
+
+
+@given(st.integers(2, 40), st.integers(0, 99), st.integers(0, 10), st.floats(0, 2), st.booleans(), st.sampled_from(["rotational", "gradual"]))
+def test_exit_weights_sum_to_one(n_layers, t, rotation, e_scale, uniform, curriculum):
+    recipe = Recipe(exits="all", rotation=rotation, e_scale=e_scale, uniform_exits=uniform, curriculum=curriculum)
+    weights = train.exit_weights(t, n_layers, 100, recipe)
     assert sum(weights.values()) == pytest.approx(1) and n_layers in weights and min(weights.values()) > 0
+
+
+# ------------------------------------------------------------------------------------------------------------ dropout
 
 
 def test_a_skipped_sample_passes_unchanged_and_the_others_as_without_dropout():
@@ -52,6 +111,8 @@ def test_a_skipped_sample_passes_unchanged_and_the_others_as_without_dropout():
     out = train.run_with_dropout(layer, h, cos, sin, torch.tensor([True, False, True, False]))
     assert torch.equal(out[[1, 3]], h[[1, 3]]) and torch.allclose(out[[0, 2]], everyone[[0, 2]], atol=1e-6)
     assert torch.equal(train.run_with_dropout(layer, h, cos, sin, torch.zeros(4, dtype=torch.bool)), h)
+    halves = train.run_with_dropout(layer, h, cos, sin, torch.ones(4, dtype=torch.bool), keep=0.5)
+    assert torch.allclose(halves, h + 2 * (everyone - h), atol=1e-5), "PLD divides the branch by its keep probability"
 
 
 def test_skipped_samples_do_not_pay_for_the_layer():
@@ -64,46 +125,80 @@ def test_skipped_samples_do_not_pay_for_the_layer():
     for kept in ([True] * 4, [True, False, False, True], [False] * 4):
         train.run_with_dropout(layer, torch.zeros(4, 2, 3), None, None, torch.tensor(kept))
     assert seen == [4, 2]
+    train.run_with_dropout(layer, torch.zeros(4, 2, 3), None, None, torch.zeros(4, dtype=torch.bool), always=True)
+    assert seen == [4, 2, 0], "one of several processes takes part with no samples"
 
 
-def test_the_share_of_skipped_samples_is_the_schedules():
-    """8 samples, 5 layers, 400 steps: the mean of the kept samples per layer lies within four standard errors."""
-    model, p_max, counts = tiny_model(tiny_config(n_layers=5)), 0.6, torch.zeros(5)
-    drop = [train.layer_dropout(l, 5, p_max) for l in range(5)]
-    index = {id(layer): l for l, layer in enumerate(model.model.layers)}
-
-    def block(layer, h, cos, sin, attend):
-        counts[index[id(layer)]] += len(h)
-        return h + 0 * layer.input_layernorm.weight.sum()
-
-    tokens, generator = torch.zeros(8, 3, dtype=torch.long), torch.Generator().manual_seed(0)
-    for _ in range(400):
-        train.train_step(model, tokens, tokens, {5: 1.0}, drop, generator, block, train.exit_loss)
-    for l in range(5):
-        error = math.sqrt(drop[l] * (1 - drop[l]) * 3200) or 1e-9
-        assert abs(counts[l].item() - 3200 * (1 - drop[l])) <= 4 * error
-    assert drop[0] == 0 and counts[0] == 3200
+def test_the_share_of_kept_samples_is_the_schedules():
+    """8 samples, 5 layers, 400 steps: the mean per layer lies within four standard errors."""
+    drop = [0.0, 0.1, 0.3, 0.6, 0.9]
+    kept = np.stack([train.draw_kept(0, t, drop, 8, "sample") for t in range(400)])
+    for l, p in enumerate(drop):
+        assert abs(kept[:, l].sum() - 3200 * (1 - p)) <= 4 * (math.sqrt(p * (1 - p) * 3200) or 1e-9)
+    together = np.stack([train.draw_kept(0, t, drop, 8, "batch") for t in range(400)])
+    assert (together == together[:, :, :1]).all() and abs(together[:, 3, 0].mean() - 0.4) < 0.1
+    assert (kept != together).any() and (train.draw_kept(1, 0, drop, 8, "sample") != kept[0]).any()
 
 
-def test_the_loss_is_the_weighted_sum_and_its_gradient_reaches_every_parameter():
-    model = tiny_model(tiny_config(tied=True))
-    x, y = torch.randint(61, (3, 7)), torch.randint(61, (3, 7))
-    weights = {1: 0.2, 3: 0.3, 4: 0.5}
-    plain = lambda layer, *a: layer(*a)
-    losses = train.train_step(model, x, y, weights, [0.0] * 4, torch.Generator(), plain, train.exit_loss)
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
-    assert all(g.abs().max() > 0 for g in found.values())
+# --------------------------------------------------------------------------------------------------------------- loss
+
+
+def objective_of(model, x, y, weights, distill=False, **engine):
+    """J per target, the loss of each exit, and the gradients, of one batch without dropout."""
+    layers = model.config.n_layers
+    whole = np.ones((layers, len(x)), bool)
+    total, sums = train.Objective(model, **engine)(x, y, whole, whole.any(1), [1.0] * layers, weights, distill)
     model.zero_grad()
-    total, h = 0.0, model.embed(x)
+    total.backward()
+    return total.item(), dict(zip(sorted(weights), sums.tolist())), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("distill", [False, True])
+def test_the_loss_is_the_weighted_sum_and_its_gradient_that_of_the_formula(tied, distill, monkeypatch):
+    monkeypatch.setattr(train.EarlyExitLoss, "LOGITS", 61 * 5)  # five rows at a time
+    model = tiny_model(tiny_config(tied=tied))
+    x, y = torch.randint(61, (3, 7)), torch.randint(61, (3, 7))
+    y[0, :4] = data.IGNORED
+    weights = {1: 0.2, 3: 0.3, 4: 0.5}
+    total, losses, found = objective_of(model, x, y, weights, distill)
+    model.zero_grad()
+    expected, h, logits = 0.0, model.embed(x), {}
     for l in range(4):
         h = model.run_layers(h, l, l + 1)
-        if l + 1 in weights:
-            probability = model.unembed(h).log_softmax(-1).gather(-1, y[..., None]).mean()
-            assert losses[l + 1] == pytest.approx(-probability.item(), rel=1e-4)
-            total = total - weights[l + 1] * probability
-    total.backward()
+        logits[l + 1] = model.unembed(h).flatten(0, 1)
+    for exit, weight in weights.items():
+        target = logits[4].detach().softmax(-1) if distill and exit < 4 else F.one_hot(y.flatten().clamp(min=0), 61)
+        loss = -(target * logits[exit].log_softmax(-1)).sum(-1)[y.flatten() != data.IGNORED].sum()
+        assert losses[exit] == pytest.approx(loss.item(), rel=1e-4)
+        expected = expected + weight * loss
+    expected.backward()
+    assert total == pytest.approx(expected.item(), rel=1e-5)
     for name, p in model.named_parameters():
-        assert torch.allclose(p.grad, found[name], atol=1e-5), name
+        assert found[name].abs().max() > 0 and torch.allclose(p.grad, found[name], atol=1e-4), name
+
+
+def test_there_is_one_set_of_logits_whatever_the_number_of_exits(monkeypatch):
+    monkeypatch.setattr(train.EarlyExitLoss, "LOGITS", 61 * 10)
+    model, sizes = tiny_model(tiny_config()), []
+    objective = train.Objective(model)
+
+    def watched(h, *rest):
+        sizes.append(len(h))
+        return train.cross_entropy(h, *rest)
+
+    objective.cross_entropy = watched
+    x = torch.randint(61, (4, 8))
+    whole = np.ones((4, 4), bool)
+    objective(x, x, whole, whole.any(1), [1.0] * 4, {1: 0.2, 2: 0.2, 3: 0.2, 4: 0.4}, False)[0].backward()
+    assert len(sizes) == 4 * 4 and max(sizes) == 10 and sum(sizes) == 4 * 32
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    model = tiny_model(tiny_config())
+    x = torch.randint(61, (3, 7))
+    plain, again = (objective_of(model, x, x, {2: 0.5, 4: 0.5}, recompute=on) for on in (False, True))
+    assert plain[0] == again[0] and all(torch.equal(plain[2][name], again[2][name]) for name in plain[2])
 
 
 @pytest.mark.parametrize("n_heads, n_kv_heads", [(4, 4), (4, 2), (3, 1)])
@@ -112,23 +207,63 @@ def test_training_attention_is_the_models(n_heads, n_kv_heads):
     assert torch.allclose(train.train_attention(q, k, v), train.batch_attention(q, k, v), atol=1e-5)
 
 
-def test_crops_are_a_function_of_seed_and_step():
-    tokens = np.arange(10_000, dtype=np.uint16)
-    x, y = data.crops(tokens, 4, 16, seed=1, step=7)
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+def tokens_of(path, ids, mask=None) -> data.Tokens:
+    np.array(ids, dtype=np.uint16).tofile(path / "some.bin")
+    if mask is not None:
+        np.array(mask, dtype=np.bool_).tofile(path / "some.mask")
+    return data.Tokens(path / "some.bin", 400)
+
+
+def test_crops_are_a_function_of_seed_and_step(tmp_path):
+    tokens = tokens_of(tmp_path, np.arange(10_000))
+    x, y = tokens.crops(4, 16, seed=1, step=7)
     assert torch.equal(x[:, 1:], y[:, :-1]) and x.shape == y.shape == (4, 16)
-    assert torch.equal(x, data.crops(tokens, 4, 16, 1, 7)[0])
-    starts = torch.cat([data.crops(tokens, 16, 16, seed, step)[0][:, 0] for seed in range(2) for step in range(20)])
+    assert torch.equal(x, tokens.crops(4, 16, 1, 7)[0])
+    starts = torch.cat([tokens.crops(16, 16, seed, step)[0][:, 0] for seed in range(2) for step in range(20)])
     assert len(starts.unique()) > 600, "steps and seeds draw other places"
 
 
-def test_held_out_files_are_never_trained_on(monkeypatch, tmp_path):
-    written = []
-    monkeypatch.setattr(train, "write_tokens", lambda texts, tokenizer, path: written.append(set(texts)))
-    monkeypatch.setattr(train, "train_tokenizer", lambda texts, vocab, path: written.append(set(texts)) or type("T", (), dict(vocab_size=vocab)))
-    train.prepare_data(tmp_path, 400)
-    for_tokenizer, trained, held_out = written
-    assert for_tokenizer == trained and len(trained) > 10 * len(held_out) > 50
-    assert len(trained & held_out) <= 1, "the empty text of an empty __init__.py may be in both"
+def test_nothing_is_learned_of_a_prompt(tokenizer, tmp_path):
+    rows = [{"prompt": f"add {n} and {n}: ", "completion": f"it is {2 * n}"} for n in range(200)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained, held_out = data.write_tokens(data.read_corpus([str(tmp_path / "pairs.jsonl")]), tokenizer, tmp_path)
+    assert len(trained) + len(held_out) == len(trained.learned) + len(held_out.learned)
+    learned = tokenizer.decode([int(i) for i in trained.ids[trained.learned]])
+    assert "it is 20" in learned and "add" not in learned and "add" in tokenizer.decode([int(i) for i in trained.ids])
+    x, y = trained.crops(8, 30, 0, 0)
+    assert (y == data.IGNORED).any() and torch.equal(y[:, :-1][y[:, :-1] != data.IGNORED], x[:, 1:][y[:, :-1] != data.IGNORED])
+
+
+def test_text_and_directories_stream_in_as_documents(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.md").write_text("directory text")
+    (tmp_path / "a" / "y.bin").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "long.txt").write_text("a line of text\n" * 20_000)
+    documents = list(data.read_corpus([str(tmp_path / "a"), str(tmp_path / "long.txt")]))
+    assert documents[0] == data.Document("a/x.md", "directory text")
+    assert len(documents) > 4 and "".join(d.text for d in documents[1:]) == "a line of text\n" * 20_000
+
+
+@pytest.mark.parametrize("bad, text", [("none.txt", None), ("a.txt", b"\xff\xfe"), ("a.jsonl", b'{"text": 3}\n'), ("a.jsonl", b"no json\n"), ("a.jsonl", b'{"prompt": "a"}\n')])
+def test_data_that_cannot_be_used_is_one_line(tmp_path, bad, text):
+    if text is not None:
+        (tmp_path / bad).write_bytes(text)
+    with pytest.raises(ValueError, match=bad) as refused:
+        list(data.read_corpus([str(tmp_path / bad)]))
+    assert "\n" not in str(refused.value)
+
+
+def test_held_out_documents_are_never_trained_on(tokenizer, tmp_path):
+    documents = list(data.read_files(data.stdlib_files()[:150]))
+    trained, held_out = data.write_tokens(documents, tokenizer, tmp_path)
+    texts = {True: "", False: ""}
+    for d in documents:
+        texts[d.held_out] += d.text
+    assert tokenizer.decode(trained.ids.tolist()) == texts[False] and tokenizer.decode(held_out.ids.tolist()) == texts[True]
+    assert len(trained) > 8 * len(held_out) > 0
 
 
 def test_a_vocabulary_that_cannot_be_trained_is_refused_and_leaves_nothing(tmp_path):
@@ -139,7 +274,7 @@ def test_a_vocabulary_that_cannot_be_trained_is_refused_and_leaves_nothing(tmp_p
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    texts = data.read_texts(data.stdlib_files()[:20])
+    texts = [d.text for d in data.read_files(data.stdlib_files()[:20])]
     return data.train_tokenizer(texts, 600, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
@@ -150,41 +285,71 @@ def test_the_trained_tokenizer_gives_back_every_text(tokenizer, text):
 
 
 def test_indentation_and_source_files_survive_the_tokenizer(tokenizer):
-    for text in ["        return x\n\n\n    def f(self):\n\tpass\n", *data.read_texts(data.stdlib_files()[40:60])]:
+    for text in ["        return x\n\n\n    def f(self):\n\tpass\n", *(d.text for d in data.read_files(data.stdlib_files()[40:60]))]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_training_runs_from_the_command_line_and_its_checkpoint_loads(tmp_path, monkeypatch):
-    shape = "--layers 3 --dim 32 --hidden-dim 48 --heads 2 --kv-heads 1 --head-dim 16 --vocab 400".split()
-    command = ["train.py", "--out", str(tmp_path), "--steps", "3", "--batch", "2", "--seq", "32", "--no-compile", *shape]
-    monkeypatch.setattr(sys, "argv", command)
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def run_train(monkeypatch, out, *options) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(out), "--no-compile", *options])
     train.main()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_trains_from_its_name_and_its_checkpoint_loads(tmp_path, monkeypatch, recipe):
+    (tmp_path / "text").mkdir()
+    for number, d in enumerate(data.read_files(data.stdlib_files()[:60])):
+        (tmp_path / "text" / f"{number}.py").write_text(d.text)
+    run_train(monkeypatch, tmp_path, "--recipe", recipe, "--data", str(tmp_path / "text"), "--steps", "30", "--batch", "2", "--seq", "32", "--lr", "3e-3", *SHAPE)
     model, record = load_checkpoint(tmp_path), json.loads((tmp_path / "training.json").read_text())
     assert model.config.n_layers == 3 and model.dtype == torch.bfloat16
-    assert record["steps"] == 3 and len(record["held_out_loss_per_exit"]) == 3
-    assert record["held_out_agreement_per_exit"][-1] == 1.0 and "--steps 3" in record["command"]
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert record["steps"] == 30 and record["recipe"]["p_max"] == RECIPES[recipe].p_max
+    assert len(record["held_out_loss_per_exit"]) == 3 and record["held_out_agreement_per_exit"][-1] == 1.0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["losses"]["3"] for row in rows if "losses" in row]
+    assert len(losses) == 30 and np.mean(losses[-5:]) < losses[0] - 0.02
 
 
-def test_training_makes_the_loss_fall():
-    model = tiny_model(tiny_config(n_layers=2))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    x = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(0))
-    history = []
-    for step in range(30):
-        weights = train.exit_weights(step, 2, [1], 1, 1.0, True)
-        history.append(train.train_step(model, x, x.roll(-1, 1), weights, [0, 0.1], torch.Generator(), lambda l, *a: l(*a), train.exit_loss))
-        optimizer.step()
-        optimizer.zero_grad()
-    assert all(history[-1][exit] < 0.5 * history[0][exit] for exit in (1, 2))
+def test_a_checkpoint_is_trained_further(tmp_path, monkeypatch):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"prompt": f"{n} + {n} = ", "completion": f"{n + n}\n"}) + "\n" for n in range(900)))
+    common = ["--data", str(tmp_path / "pairs.jsonl"), "--batch", "2", "--seq", "32", "--vocab", "275"]
+    run_train(monkeypatch, tmp_path / "first", *SHAPE, *common, "--steps", "3")
+    run_train(monkeypatch, tmp_path / "second", *common, "--steps", "2", "--init", str(tmp_path / "first"), "--phase", "finetune", "--lr", "1e-12")
+    one, two = load_checkpoint(tmp_path / "first"), load_checkpoint(tmp_path / "second")
+    assert one.config == two.config and all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+    assert (tmp_path / "first" / "tokenizer.model").read_bytes() == (tmp_path / "second" / "tokenizer.model").read_bytes()
+    assert json.loads((tmp_path / "second" / "training.json").read_text())["recipe"]["e_scale"] == 1.0
 
 
-@pytest.mark.parametrize("bad", ["--steps 0", "--exits 24", "--exits a", "--exits 0", "--p-max 1", "--rotation 0", "--seq 600", "--minutes -1", "--heads 3 --kv-heads 2", "--e-scale nan"])
-def test_bad_training_settings_are_one_line_and_write_no_checkpoint(tmp_path, monkeypatch, capsys, bad):
-    monkeypatch.setattr(train, "prepare_data", lambda out, vocab: (np.zeros(9999, np.uint16), np.zeros(9999, np.uint16), type("T", (), dict(vocab_size=400, bos=1, eos=2))))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), *bad.split()])
+def test_a_loss_that_is_not_finite_names_the_step_and_the_last_state(tmp_path, monkeypatch, capsys):
+    whole = train.Run.train_step
+
+    def poisoned(run):
+        if run.step == 3:
+            next(iter(run.parameters.values())).data[:] = math.nan
+        return whole(run)
+
+    monkeypatch.setattr(train.Run, "train_step", poisoned)
     with pytest.raises(SystemExit) as stop:
-        train.main()
+        run_train(monkeypatch, tmp_path, "--data", "tests", "--steps", "6", "--save-every", "2", "--batch", "2", "--seq", "32", *SHAPE)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "step 4" in last and "state-00000002" in last
+    assert all(p.isfinite().all() for p in load_checkpoint(tmp_path).parameters())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["--steps 0", "--exits 24", "--exits a", "--exits 0", "--p-max 1", "--rotation -1", "--seq 600", "--minutes -1", "--heads 3 --kv-heads 2",
+     "--e-scale nan", "--batch 3 --accumulate 2", "--lr 0", "--distill 2", "--seed -1", "--data no/such", "--init no/such"],
+)  # fmt: skip
+def test_bad_training_settings_are_one_line_and_write_no_checkpoint(tmp_path, monkeypatch, capsys, bad):
+    tokens = tokens_of(tmp_path, [0] * 9999)
+    if "--data" not in bad:
+        monkeypatch.setattr(train.Run, "prepare_data", lambda run: (tokens, tokens, type("T", (), dict(vocab_size=400, bos=1, eos=2))))
+    with pytest.raises(SystemExit) as stop:
+        run_train(monkeypatch, tmp_path / "run", *bad.split())
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("train.py: ") and err.count("\n") == 1
+    assert stop.value.code == 2 and err.splitlines()[-1].startswith("train.py: ") and "Traceback" not in err
     assert not (tmp_path / "run" / "model.safetensors").exists()

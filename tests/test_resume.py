@@ -1,0 +1,204 @@
+"""Runs that are killed, stopped, refused by the disk or spread over processes, and go on: real processes, real signals."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import train
+
+PROCESSES = get_context("forkserver")
+PROCESSES.set_forkserver_preload(["train"])  # imports once; every run is still a process of its own
+STEPS = 24
+COMMON = (
+    f"--steps {STEPS} --save-every 3 --batch 4 --seq 32 --warmup 2 --no-compile --p-max 0.6 --dropout-time constant --no-bf16 "
+    "--layers 3 --dim 32 --hidden-dim 48 --heads 2 --kv-heads 1 --head-dim 16 --vocab 400 --lr 3e-3"
+).split()
+
+
+def child(options: list[str], log: Path, environment: dict, most_bytes: int | None) -> None:
+    """Runs train.py's main in this process, with its messages in `log`."""
+    import sys
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if most_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 2)
+    sys.argv = ["train.py", *options]
+    train.main()
+
+
+def start(out: Path, source: Path, *, environment: dict | None = None, most_bytes: int | None = None, extra: tuple = ()):
+    options = ["--out", str(out), "--data", str(source), *COMMON, *extra]
+    log = out.with_suffix(f".{(environment or {}).get('RANK', 0)}.log")
+    process = PROCESSES.Process(target=child, args=(options, log, environment or {}, most_bytes))
+    process.start()
+    return process
+
+
+def start_two(out: Path, source: Path, **settings) -> list:
+    """The same run over two processes, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [start(out, source, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **settings) for rank in range(2)]
+
+
+def finish(*processes) -> None:
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+
+
+def wait_for(condition, process, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and process.is_alive():
+        assert time.monotonic() < end
+        time.sleep(0.0005)
+
+
+def state(out: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimiser moments of the one state a run leaves."""
+    (folder,) = out.glob("state-*")
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def losses(out: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["losses"]) for row in rows if "losses" in row]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, Path]:
+    """The directory of an uninterrupted run, and its text."""
+    root = tmp_path_factory.mktemp("whole")
+    (root / "text").mkdir()
+    for number, d in enumerate(data.read_files(data.stdlib_files()[:80])):
+        (root / "text" / f"{number}.py").write_text(d.text)
+    finish(start(root / "run", root / "text"))
+    assert [step for step, _ in losses(root / "run")] == list(range(1, STEPS + 1))
+    return root / "run", root / "text"
+
+
+def prepared(whole: Path, out: Path) -> Path:
+    """A directory for a new run that has its tokens already."""
+    out.mkdir()
+    for name in ("data.json", "train.bin", "held_out.bin", "tokenizer.model"):
+        shutil.copyfile(whole / name, out / name)
+    return out
+
+
+def same_bits(one: Path, other: Path) -> None:
+    a, b = state(one), state(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert losses(one) == losses(other)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(whole, tmp_path):
+    """Seven kills at random times after the first step of a process, five the moment a save has begun."""
+    run, chance, kills, in_save = prepared(whole[0], tmp_path / "run"), random.Random(0), 0, 0
+    for saving in random.Random(1).sample([False] * 7 + [True] * 5, 12):
+        process = start(run, whole[1])
+        lines = len(losses(run)) if (run / "metrics.jsonl").exists() else 0
+        if saving:
+            wait_for((run / "state.new").exists, process)
+            time.sleep(chance.choice([0, 0, 0.002, 0.01]))
+        else:
+            wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("losses") != lines, process)
+            time.sleep(chance.uniform(0, 0.1))
+        kills += process.is_alive()
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        in_save += (run / "state.new").exists()
+        if not saving or process.exitcode == 0:
+            shutil.rmtree(run / "state.new", ignore_errors=True) if chance.random() < 0.3 else None
+    assert kills >= 10 and in_save >= 1, f"{kills} kills, {in_save} during a save"
+    finish(start(run, whole[1]))
+    same_bits(run, whole[0])
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(whole, tmp_path):
+    run = prepared(whole[0], tmp_path / "run")
+    process = start(run, whole[1])
+    wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("losses") >= 4, process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130 and "the same command goes on" in run.with_suffix(".0.log").read_text()
+    (folder,) = run.glob("state-*")
+    assert 4 <= int(folder.name.split("-")[1]) < STEPS
+    finish(start(run, whole[1]))
+    same_bits(run, whole[0])
+
+
+def test_other_settings_do_not_go_on_with_a_run(whole):
+    process = start(whole[0], whole[1], extra=("--lr", "1e-3"))
+    process.join(60)
+    said = whole[0].with_suffix(".0.log").read_text().splitlines()[-1]
+    assert process.exitcode == 2 and said.startswith("train.py: ") and "(lr)" in said
+
+
+def test_a_full_disk_is_one_line_and_the_last_state_stays(whole, tmp_path):
+    run = prepared(whole[0], tmp_path / "run")
+    process = start(run, whole[1])
+    wait_for(lambda: list(run.glob("state-0*")) != [], process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    (before,) = run.glob("state-*")
+    process = start(run, whole[1], most_bytes=100_000)
+    process.join(60)
+    said = run.with_suffix(".0.log").read_text()
+    assert process.exitcode == 2 and said.splitlines()[-1].startswith("train.py: ") and "Traceback" not in said
+    assert list(run.glob("state-*")) == [before]
+    finish(start(run, whole[1]))
+    same_bits(run, whole[0])
+
+
+def close(one: Path, other: Path) -> None:
+    ours, theirs = losses(one), losses(other)
+    assert [step for step, _ in ours] == [step for step, _ in theirs] == list(range(1, STEPS + 1))
+    for (_, a), (_, b) in zip(ours, theirs):
+        assert a == pytest.approx(b, rel=1e-4)
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert all(torch.allclose(a[name].float(), b[name].float(), atol=2e-3) for name in a)
+
+
+def test_two_processes_train_as_one_does(whole, tmp_path):
+    """Layer dropout of 0.6 on two samples each: often one process skips a layer that the other runs."""
+    run = prepared(whole[0], tmp_path / "run")
+    finish(*start_two(run, whole[1]))
+    close(run, whole[0])
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_run_goes_on_with_another_number_of_processes(whole, tmp_path, first):
+    run = prepared(whole[0], tmp_path / "run")
+    starts = [lambda: [start(run, whole[1])], lambda: start_two(run, whole[1])]
+    processes = starts[first - 1]()
+    wait_for(lambda: (run / "state-00000006").exists(), processes[0])
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    finish(*starts[2 - first]())
+    close(run, whole[0])
+
+
+def test_pieces_of_a_batch_train_as_the_batch_does(whole, tmp_path):
+    run = prepared(whole[0], tmp_path / "run")
+    finish(start(run, whole[1], extra=("--accumulate", "2", "--recompute")))
+    close(run, whole[0])
