@@ -42,7 +42,7 @@ def described(values: list[float]) -> dict:
 
 
 def sweep(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
-    """Tokens/s, acceptance and tokens per round over exit layer x draft length; one run a cell, one prompt in four."""
+    """Tokens/s, acceptance and tokens per round over exit layer x draft length; one run a cell, a quarter of the prompts."""
     prompts, exits, drafts = prompts[::4], args.exits or [1, 2, 3, 4, 6, 8], args.drafts or [2, 4, 6, 10, 15]
     confidence = 0.3 if args.min_confidence is None else args.min_confidence
     model = load_checkpoint(args.ckpt, DTYPES.get(args.dtype) or auto_dtype(torch.device("cpu"))).pack()
@@ -125,7 +125,11 @@ def main() -> None:
     args = p.parse_args()
     try:
         tokenizer = Tokenizer(args.ckpt)
-        report = {"sweep": sweep, "speedup": speedup}[args.what](args, tokenizer, held_out_prompts(args.prompts, tokenizer, 64))
+        prompts = held_out_prompts(2 * args.prompts, tokenizer, 64)  # settings are chosen on one half, speedup is shown on the other
+        if args.what == "sweep":
+            report = sweep(args, tokenizer, prompts[args.prompts :])
+        else:
+            report = speedup(args, tokenizer, prompts[: args.prompts])
         if args.json:
             Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     except (CheckpointError, ValueError, OSError) as error:
