@@ -1,6 +1,7 @@
 """The shipped checkpoint, on held-out prompts: the text of the full model, whichever layer drafts."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -13,13 +14,18 @@ from tokenizer import Tokenizer
 SETTINGS = [(2, 5, 0.3), (3, 8, 0.3), (4, 4, 0.0), (6, 3, 0.5), (8, 6, 0.0)]  # exit layer, draft length, confidence
 
 
+@cache
+def load(shipped, dtype, threads: int):
+    """A packed model and the prompts; kept, as packing asks the machine which row counts are safe with this many threads."""
+    return load_checkpoint(shipped, dtype).pack(), held_out_prompts(20, Tokenizer(shipped), 64)
+
+
 def share_accepted(shipped, dtype, temperature: float, numbers: range, threads: int) -> float:
     """Decodes held-out prompts plainly and drafted, compares every token and logit, returns the share of drafts accepted."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        model, drafted, accepted = load_checkpoint(shipped, dtype), 0, 0
-        prompts = held_out_prompts(20, Tokenizer(shipped), 64)
+        (model, prompts), drafted, accepted = load(shipped, dtype, threads), 0, 0
         for number in numbers:
             exit_layer, draft_len, confidence = SETTINGS[number % len(SETTINGS)]
             common = dict(max_new_tokens=200, sampling=Sampling(temperature, top_p=0.95, seed=number), eos=())
