@@ -2,6 +2,7 @@
 
     python bench.py sweep       which exit layer and draft length are best here
     python bench.py speedup     the best of them against the fastest plain decoding this code can do
+    python bench.py train       training: this code's recipes against transformers' Llama in a plain loop (needs transformers)
 
 Run on an idle machine. Text that is generated does not stop at EOS, so every run makes the same number of tokens.
 """
@@ -10,6 +11,8 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -109,10 +112,74 @@ def speedup(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     }  # fmt: skip
 
 
+def train(args, tokenizer: Tokenizer, prompts) -> dict:
+    """Training tokens/s of the shipped shape: transformers' LlamaForCausalLM in a plain loop, eager and compiled, and the
+    recipes plain and layerskip of train.py. Same batch, bfloat16 autocast, AdamW; alternating turns of ten steps."""
+    import transformers
+
+    import train as training
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def ours(*recipe: str):
+            out = Path(folder, recipe[1])
+            options = training.parser().parse_args(["--out", str(out), "--steps", "100000", *recipe])
+            run = training.Run(options)
+            return run.train_step
+
+        c = load_checkpoint(args.ckpt).config
+        config = transformers.LlamaConfig(
+            vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.hidden_dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, tie_word_embeddings=True, use_cache=False, max_position_embeddings=c.max_len,
+        )  # fmt: skip
+        batch = torch.randint(c.vocab_size, (8, 512), generator=torch.Generator().manual_seed(0))
+
+        def theirs(compiled: bool):
+            model = transformers.LlamaForCausalLM(config)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+            forward = torch.compile(model) if compiled else model
+
+            def step():
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = forward(input_ids=batch, labels=batch).loss
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            return step
+
+        steps = {
+            "transformers, eager": theirs(False),
+            "transformers, torch.compile": theirs(True),
+            "train.py --recipe plain": ours("--recipe", "plain"),
+            "train.py --recipe layerskip": ours("--recipe", "layerskip"),
+            "the same, published dropout from the start": ours("--recipe", "layerskip", "--dropout-time", "constant", "--seed", "1"),
+        }
+        for name, step in steps.items():  # compiles
+            for _ in range(4):
+                progress(f"warming up: {name}")
+                step()
+        speeds = {name: [] for name in steps}
+        for turn in range(args.runs):
+            for name, step in steps.items():
+                progress(f"turn {turn + 1}/{args.runs}: {name}")
+                started = time.perf_counter()
+                for _ in range(10):
+                    step()
+                speeds[name].append(10 * batch.numel() / (time.perf_counter() - started))
+        progress("")
+    found = {name: described(values) for name, values in speeds.items()}
+    first = found["transformers, eager"]["median"]
+    for name, v in found.items():
+        print(f"{name:44} {v['median']:6.0f} tokens/s ({v['low']:.0f} to {v['high']:.0f}), {v['median'] / first:.2f} times")
+    return found
+
+
 def main() -> None:
     p = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: [int(v) for v in text.split(",")]
-    p.add_argument("what", choices=["sweep", "speedup"])
+    p.add_argument("what", choices=["sweep", "speedup", "train"])
     p.add_argument("--ckpt", type=Path, default=DEFAULT_CKPT, metavar="DIR")
     p.add_argument("--prompts", type=int, default=20, help="held-out prompts (default %(default)s)")
     p.add_argument("--tokens", type=int, default=256, help="new tokens per prompt (default %(default)s)")
@@ -126,10 +193,8 @@ def main() -> None:
     try:
         tokenizer = Tokenizer(args.ckpt)
         prompts = held_out_prompts(2 * args.prompts, tokenizer, 64)  # settings are chosen on one half, speedup is shown on the other
-        if args.what == "sweep":
-            report = sweep(args, tokenizer, prompts[args.prompts :])
-        else:
-            report = speedup(args, tokenizer, prompts[: args.prompts])
+        tuning, shown = prompts[args.prompts :], prompts[: args.prompts]
+        report = {"sweep": sweep, "speedup": speedup, "train": train}[args.what](args, tokenizer, tuning if args.what == "sweep" else shown)
         if args.json:
             Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     except (CheckpointError, ValueError, OSError) as error:

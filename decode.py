@@ -104,6 +104,7 @@ class Round:
     logits: Tensor | None  # (len(emitted), vocab): the full model's logits that gave the emitted tokens
     draft_seconds: float
     verify_seconds: float
+    depth: int  # layers behind the emitted tokens: L, or where a lossy early exit left
 
 
 Pick = Callable[[Tensor, int], int]  # (logits (vocab,), position) -> token
@@ -180,6 +181,7 @@ def generate(
     sampling: Sampling = Sampling(),
     min_confidence: float = 0.0,
     no_verify: bool = False,
+    exit_confidence: float = 0.0,
     eos: tuple[int, ...] | None = None,
     cache: KVQCache | None = None,
 ) -> Iterator[Round]:
@@ -188,6 +190,7 @@ def generate(
     exit_layer    E, from 1 to L-1: draft with layers [0, E), verify with [E, L). 0: no draft, the full model alone.
     draft_len     d, from 1 to MAX_ROWS - 1: the most tokens drafted in a round.
     no_verify     early exit alone: every token is layer E's, unverified. Lossy.
+    exit_confidence   early exit by confidence, from layer E on, unverified (see _confident). Lossy.
     eos           ids that end the text; default: the model's own. () never ends it.
     cache         an empty cache to use instead of a new one (see new_cache), for a caller who wants to look into it.
 
@@ -201,9 +204,12 @@ def generate(
         raise ValueError(f"the prompt has a token outside the model's vocabulary of {c.vocab_size}")
     if len(prompt_ids) >= c.max_len:
         raise ValueError(f"the prompt has {len(prompt_ids)} tokens, and the context of {c.max_len} leaves no room to go on")
-    if not 0 <= exit_layer < c.n_layers or (no_verify and exit_layer == 0):
+    if not 0 <= exit_layer < c.n_layers or ((no_verify or exit_confidence) and exit_layer == 0):
         raise ValueError(f"the exit layer must be from 1 to {c.n_layers - 1} (the model has {c.n_layers} layers), not {exit_layer}")
-    if exit_layer and not no_verify and not 1 <= draft_len < MAX_ROWS:
+    if not 0 <= exit_confidence <= 1:
+        raise ValueError(f"the exit confidence must be above 0 and at most 1, not {exit_confidence}")
+    drafts = exit_layer > 0 and not no_verify and not exit_confidence
+    if drafts and not 1 <= draft_len < MAX_ROWS:
         raise ValueError(f"the draft length must be from 1 to {MAX_ROWS - 1}, not {draft_len}")
     if not 0 <= min_confidence < 1:
         raise ValueError(f"the confidence must be from 0 (off) to below 1, not {min_confidence}")
@@ -211,12 +217,13 @@ def generate(
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     end = min(len(prompt_ids) + max_new_tokens, c.max_len)
     eos = c.eos if eos is None else eos
-    if not exit_layer or no_verify:
-        draft_len = 0
+    draft_len = draft_len if drafts else 0
     if cache is None:
         cache = new_cache(c, end, draft_len, model.dtype, model.device)
     elif cache.length or cache.max_len < end or len(cache.queries) <= draft_len:
         raise ValueError(f"the cache must be empty and hold {end} positions and {draft_len + 1} exit queries")
+    if exit_confidence:
+        return _confident(model.pack(), cache, list(prompt_ids), exit_layer, end, sampling, exit_confidence, eos)
     if no_verify:
         return _rounds(model.pack(), cache, list(prompt_ids), 0, exit_layer, 0, end, sampling, 0.0, eos)
     return _rounds(model.pack(), cache, list(prompt_ids), exit_layer, c.n_layers, draft_len, end, sampling, min_confidence, eos)
@@ -243,8 +250,34 @@ def _rounds(model, cache, tokens, exit_layer, depth, draft_len, end, sampling, m
         tokens += emitted
         accepted = sum(a == b for a, b in zip(drafted, emitted))
         verified = time.perf_counter()
-        yield Round(drafted, accepted, emitted, logits[: len(emitted)], drafting_ended - started, verified - drafting_ended)
+        yield Round(drafted, accepted, emitted, logits[: len(emitted)], drafting_ended - started, verified - drafting_ended, depth)
         if emitted[-1] in eos:
+            return
+
+
+@torch.inference_mode()
+def _confident(model, cache, tokens, exit_layer, end, sampling, confidence, eos) -> Iterator[Round]:
+    """LITE's dynamic early exit (arXiv 2310.18581, section 4): a token leaves at the first exit that is sure of it.
+
+    Exits are exit_layer and every eighth of the layers after it; sure is a top probability of at least `confidence`. The
+    layers that a token does not run get their keys and values from its last hidden state. Nothing is verified.
+    """
+    layers = model.config.n_layers
+    exits = [*range(exit_layer, layers, max(1, layers // 8)), layers]
+    prefill(model, cache, tokens[:-1], layers)
+    while len(tokens) < end:
+        started, depth = time.perf_counter(), 0
+        h = model.embed(torch.tensor(tokens[-1:], device=model.device))
+        for exit in exits:
+            h, depth = model.run_layers(h, depth, exit, cache, cache.length), exit
+            logits = model.unembed(h)
+            if exit < layers and torch.exp(logits.max() - logits.logsumexp(-1)) >= confidence:
+                model.fill_layers(h, exit, layers, cache, cache.length)
+                break
+        cache.accept(1)
+        tokens.append(next_token(logits[0], len(tokens), sampling))
+        yield Round([], 0, tokens[-1:], logits, 0.0, time.perf_counter() - started, depth)
+        if tokens[-1] in eos:
             return
 
 
@@ -289,6 +322,8 @@ class Run:
             parts.append(f"{self.acceptance:.0%} of {sum(len(r.drafted) for r in self.rounds)} drafted tokens accepted")
             parts.append(f"{len(self.ids) / len(self.rounds):.2f} tokens per round")
             parts.append(f"draft {drafting / self.seconds:.0%}, verify {verifying / self.seconds:.0%} of the time")
+        elif len(depths := {r.depth for r in self.rounds}) > 1:
+            parts.append(f"{sum(r.depth for r in self.rounds) / len(self.rounds):.1f} layers per token, from {min(depths)} to {max(depths)}")
         return " | ".join(parts)
 
 
@@ -378,10 +413,12 @@ def parser() -> argparse.ArgumentParser:
     draft = p.add_argument_group("drafting (defaults come with the checkpoint)")
     draft.add_argument("--exit", type=int, metavar="E", help="layers that the draft runs; few: fast, many: accepted more often")
     draft.add_argument("--draft", type=int, metavar="D", help=f"tokens drafted per round at most, 1 to {MAX_ROWS - 1}")
+    draft.add_argument("--keep-layers", metavar="LIST", help="LayerDrop: run these layers alone, such as 0,1,5 or 0::2 for every other; a lossy, smaller model")
     draft.add_argument("--min-confidence", type=float, metavar="C", help="stop drafting when the exit's top probability is at or below C; 0: never")
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--full", action="store_true", help="the full model alone, one token per pass")
     mode.add_argument("--no-verify", action="store_true", help="early exit alone: what the draft would say unchecked. Lossy")
+    mode.add_argument("--exit-confidence", type=float, default=0.0, metavar="C", help="LITE: each token leaves at the first exit, from E on, whose top probability reaches C. Lossy")
     mode.add_argument("--compare", action="store_true", help="also run the full model: is the text identical, how much faster was it?")
     sample = p.add_argument_group("sampling (exactly reproducible from the seed, drafted or not)")
     sample.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
@@ -414,6 +451,20 @@ def read_prompt(args: argparse.Namespace) -> str:
     except UnicodeEncodeError:
         raise ValueError("the prompt is not UTF-8 text") from None
     return text
+
+
+def layer_list(text: str, layers: int) -> list[int]:
+    """Layer numbers of "0,2,5" and slices such as "0::2"."""
+    kept = []
+    try:
+        for part in text.split(","):
+            numbers = [int(n) if n.strip() else None for n in part.split(":")]
+            kept += numbers if len(numbers) == 1 else range(layers)[slice(*numbers)]
+    except (ValueError, TypeError):
+        raise ValueError(f"--keep-layers takes layers such as 0,2,5 or slices such as 0::2, not {text!r:.40}") from None
+    if None in kept:
+        raise ValueError(f"--keep-layers takes layers such as 0,2,5 or slices such as 0::2, not {text!r:.40}")
+    return kept
 
 
 def drafting_defaults(found: dict, config: Config) -> dict:
@@ -453,7 +504,12 @@ def decode(args: argparse.Namespace) -> None:
     model = load_checkpoint(args.ckpt, auto_dtype(device) if args.dtype == "auto" else DTYPES[args.dtype], device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
+    if args.keep_layers is not None:
+        model.keep_layers(layer_list(args.keep_layers, model.config.n_layers))
+        if len(model.model.layers) == 1:
+            raise ValueError("--keep-layers must leave at least 2 layers")
     settings = drafting_defaults(found, model.config)
+    settings["exit_layer"] = min(settings["exit_layer"], model.config.n_layers - 1)
     for name, given in (("exit_layer", args.exit), ("draft_len", args.draft), ("min_confidence", args.min_confidence)):
         settings[name] = settings[name] if given is None else given
     if not args.full and not 1 <= settings["exit_layer"] < model.config.n_layers:
@@ -464,6 +520,7 @@ def decode(args: argparse.Namespace) -> None:
     ends = [e for e in (found.get("eos_token_id"), list(model.config.eos) or None, tokenizer.eos) if e is not None]
     settings.update(
         no_verify=args.no_verify,
+        exit_confidence=args.exit_confidence,
         max_new_tokens=args.max_new_tokens,
         sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
         eos=() if not ends else tuple(ends[0]) if isinstance(ends[0], list) else (ends[0],),
@@ -475,10 +532,15 @@ def decode(args: argparse.Namespace) -> None:
         complete(model, tokenizer, settings, text, args)
 
 
+def drafts(settings: dict) -> bool:
+    """Whether these settings of generate draft and verify."""
+    return settings["exit_layer"] > 0 and not settings["no_verify"] and not settings["exit_confidence"]
+
+
 def complete(model: Llama, tokenizer: Tokenizer, settings: dict, text: str, args: argparse.Namespace) -> None:
     """Generates after one prompt and reports; with --compare a second time with the full model alone."""
     ids = tokenizer.encode(text)
-    full = {**settings, "exit_layer": 0, "no_verify": False}
+    full = {**settings, "exit_layer": 0}
     rounds = generate(model, ids, **settings)
     if args.compare:  # both once for a few tokens, so that neither is timed cold
         for warm in (settings, full):
@@ -487,7 +549,7 @@ def complete(model: Llama, tokenizer: Tokenizer, settings: dict, text: str, args
     if args.json:
         run(rounds, into=result, keep_logits=args.compare)
     else:
-        show = Show(tokenizer, ids, drafts=settings["exit_layer"] > 0 and not args.no_verify)
+        show = Show(tokenizer, ids, drafts=drafts(settings))
         show.prompt(text)
         stopped = False
         try:
@@ -556,7 +618,7 @@ def converse(model: Llama, tokenizer: Tokenizer, settings: dict) -> None:
         except ValueError as error:
             print(f"decode.py: {error}", file=sys.stderr)
             continue
-        show = Show(tokenizer, ids, drafts=settings["exit_layer"] > 0 and not settings["no_verify"])
+        show = Show(tokenizer, ids, drafts=drafts(settings))
         show.prompt(text)
         result = Run()
         try:

@@ -22,7 +22,7 @@ import math
 import os
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -398,6 +398,11 @@ class CachedAttention:
 # The model. Module and parameter names are Hugging Face's, so that a safetensors file loads and saves without a mapping.
 
 
+def joint_linear(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """Several linear layers of the same input as one product, side by side."""
+    return F.linear(x, torch.cat([layer.weight for layer in layers]))
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension (Zhang and Sennrich, arXiv 1910.07467)."""
 
@@ -422,12 +427,16 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
         self.qkv = self.out = None  # set by Llama.pack
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        qkv = self.qkv(x) if self.qkv else torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (..., T, H, hd), keys and values (..., T, Hkv, hd) of rows at their positions."""
+        qkv = self.qkv(x) if self.qkv else joint_linear(x, self.q_proj, self.k_proj, self.v_proj)
         n_heads, n_kv_heads, _ = self.heads
         qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split((n_heads + n_kv_heads, n_kv_heads), -2)
         q, k = rotate(qk, cos, sin).split((n_heads, n_kv_heads), -2)
-        return (self.out or self.o_proj)(attend(q, k, v).flatten(-2))
+        return q, k, v
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
+        return (self.out or self.o_proj)(attend(*self.project(x, cos, sin)).flatten(-2))
 
 
 def row_silu(gate: Tensor) -> Tensor:
@@ -452,7 +461,7 @@ class MLP(nn.Module):
         self.gate_up = self.down = None  # set by Llama.pack
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up(x) if self.gate_up else torch.cat([self.gate_proj(x), self.up_proj(x)], -1)
+        gate_up = self.gate_up(x) if self.gate_up else joint_linear(x, self.gate_proj, self.up_proj)
         gate, up = gate_up.chunk(2, -1)
         return (self.down or self.down_proj)(row_silu(gate) * up)
 
@@ -545,6 +554,25 @@ class Llama(nn.Module):
         for index in range(first, last):
             h = self.model.layers[index](h, cos, sin, lambda q, k, v: attention(index, q, k, v))
         return h
+
+    def fill_layers(self, h: Tensor, first: int, last: int, cache: KVQCache, start: int) -> None:
+        """Leaves keys and values of layers [first, last) for rows h (T, dim) that skip them, as if h entered each of them.
+
+        For lossy early exit alone: later rows find something to attend to (state propagation, CALM, arXiv 2207.07061).
+        """
+        cos, sin = self.rotary(start, h.shape[0])
+        for index in range(first, last):
+            layer = self.model.layers[index]
+            _, k, v = layer.self_attn.project(layer.input_layernorm(h), cos, sin)
+            cache.write(index, start, k, v)
+
+    def keep_layers(self, kept: list[int]) -> "Llama":
+        """Leaves only these layers, in place: LayerDrop's pruning at inference (arXiv 1909.11556, section 3.2). Lossy."""
+        if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < self.config.n_layers:
+            raise ValueError(f"the layers to keep must rise from 0 to at most {self.config.n_layers - 1}, not {kept}")
+        self.model.layers = nn.ModuleList(self.model.layers[l] for l in kept)
+        self.config = replace(self.config, n_layers=len(kept))
+        return self
 
     def unembed(self, h: Tensor) -> Tensor:
         """Hidden states (..., dim) after any layer -> logits (..., vocab): g(.) in LayerSkip, final norm then head."""

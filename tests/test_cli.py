@@ -73,6 +73,25 @@ def test_seeds_matter_and_repeat(cli):
     assert one == again != other
 
 
+def test_confident_exit_says_how_many_layers_it_ran(cli):
+    run = cli(*SHORT, "--exit-confidence", "0.1", "--exit", "1")
+    assert run.code == 0 and "layers per token, from 1 to 4" in run.err
+    assert cli(*SHORT, "--exit-confidence", "1").out == cli(*SHORT, "--full").out
+
+
+@pytest.mark.parametrize("kept", ["0::2", "0,2", "0:1,2"])
+def test_every_other_layer_alone_is_a_model_of_half_the_layers(cli, kept):
+    run = cli(*SHORT, "--keep-layers", kept, "--compare")
+    assert run.code == 0 and "identical to the full model" in run.err
+    assert run.out == cli(*SHORT, "--keep-layers", "0,2", "--full").out != cli(*SHORT, "--full").out
+
+
+@pytest.mark.parametrize("bad", ["x", "0,9", "", "0::0", "0:2:1:1", "3", "--exit-confidence 2", "--exit-confidence -1"])
+def test_layers_and_confidence_that_cannot_be_are_one_line(cli, bad):
+    run = cli(*SHORT, *(bad.split() if bad.startswith("--") else ["--keep-layers", bad]))
+    assert run.code == 2 and run.err.startswith("decode.py: ") and run.err.count("\n") == 1 and not run.out
+
+
 def test_no_verify_is_another_decoding(cli):
     run = cli(*SHORT, "--no-verify", "--exit", "1", "--json")
     assert run.out != cli(*SHORT, "--full", "--json").out

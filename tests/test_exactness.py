@@ -114,6 +114,29 @@ def test_early_exit_alone_is_the_first_layers_own_decoding(case):
     assert torch.equal(torch.cat([r.logits for r in rounds]), logits)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_confident_exits_span_early_exit_alone_and_the_full_model(dtype):
+    model = tiny_model(tiny_config(n_layers=8), damp_from=3, dtype=dtype)
+    run = lambda **how: list(generate(model, [7, 3], max_new_tokens=40, eos=(), **how))
+    ids = lambda rounds: [t for r in rounds for t in r.emitted]
+    always, never, between = (run(exit_layer=2, exit_confidence=c) for c in (1e-9, 1.0, 0.2))
+    assert ids(always) == ids(run(exit_layer=2, no_verify=True)) and {r.depth for r in always} == {2}
+    assert ids(never) == ids(run()) and {r.depth for r in never} == {8}
+    assert {2, 8} <= {r.depth for r in between} and ids(always) != ids(never)
+    assert all(r.logits[0].float().softmax(-1).max() >= 0.19 for r in between if r.depth < 8)
+
+
+def test_layers_that_a_token_skips_are_filled_as_if_it_had_entered_them():
+    model = tiny_model(tiny_config()).pack()
+    filled, run = (new_cache(model.config, 64, 1, model.dtype, model.device) for _ in range(2))
+    h = torch.randn(3, 24)
+    with torch.inference_mode():
+        model.fill_layers(h, 2, 4, filled, 5)
+        for layer in (2, 3):
+            model.run_layers(h, layer, layer + 1, run, 5)
+    assert torch.equal(filled.keys, run.keys) and torch.equal(filled.values, run.values) and filled.keys[3].any()
+
+
 @pytest.mark.parametrize("limit", range(1, 12))
 def test_a_round_never_emits_past_the_budget_the_context_or_the_end_of_text(limit):
     model = tiny_model(tiny_config(max_len=40), damp_from=1, damping=0.0)

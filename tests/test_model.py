@@ -227,3 +227,18 @@ def test_both_dialects_of_config_say_the_same():
     new = {k: v for k, v in base.items() if k not in ("rope_theta", "torch_dtype")}
     new.update(rope_parameters={"rope_type": "default", "rope_theta": 5e5}, dtype="bfloat16")
     assert Config.from_json(json.dumps(base)) == Config.from_json(json.dumps(new)) == tiny_config(rope_theta=5e5, tied=True)
+
+
+def test_a_model_of_some_layers_is_those_layers_in_their_order():
+    whole, x = tiny_model(tiny_config()), torch.arange(7)[None]
+    h = whole.embed(x)
+    for l in (0, 2, 3):
+        h = whole.run_layers(h, l, l + 1)
+    expected = whole.unembed(h)
+    assert torch.equal(whole.keep_layers([0, 2, 3])(x), expected) and whole.config.n_layers == 3
+
+
+@pytest.mark.parametrize("kept", [[], [0, 4], [2, 1], [1, 1], [-1, 2]])
+def test_layers_that_cannot_be_kept_are_refused(kept):
+    with pytest.raises(ValueError, match="layers to keep"):
+        tiny_model(tiny_config()).keep_layers(kept)
