@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,9 @@ import torch
 from torch import Tensor
 
 from cache import KVQCache
-from model import MAX_ROWS, PREFILL_ROWS, CheckpointError, Config, Llama, load_checkpoint, parse_object
+from drafters import AutoExit, Drafter, EarlyExit, Jacobi, Pick, PromptLookup, SkipLayers, TwoModels
+from kangaroo import ETA, Kangaroo, load_adapter
+from model import MAX_ROWS, CheckpointError, Config, Llama, load_checkpoint, parse_object, prefill
 from tokenizer import Stream, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,40 +109,18 @@ class Round:
     depth: int  # layers behind the emitted tokens: L, or where a lossy early exit left
 
 
-Pick = Callable[[Tensor, int], int]  # (logits (vocab,), position) -> token
-
-
-def draft(
-    model: Llama, cache: KVQCache, token: int, exit_layer: int, limit: int, pick: Pick, min_confidence: float, eos
-) -> list[int]:
-    """Up to `limit` tokens after `token`, from the first exit_layer layers; the box "draft" of the module's docstring.
-
-    Leaves, for `token` and each drafted token, keys and values of layers [0, E) and an exit query. Drafting stops early
-    when the exit's top probability is at or below min_confidence; the doubtful token is not drafted (the second early
-    exit of Kangaroo, arXiv 2404.18911). Nothing is drafted after an EOS.
-    """
-    drafted = []
-    for row in range(limit + 1):
-        h = model.embed(torch.tensor([token], device=model.device))
-        h = model.run_layers(h, 0, exit_layer, cache, cache.length + row)
-        cache.put_query(row, h[0])
-        if row == limit or (drafted and token in eos):
-            break  # the last row only leaves what the verifier needs
-        logits = model.unembed(h)[0]
-        if min_confidence > 0 and torch.exp(logits.max() - logits.logsumexp(-1)) <= min_confidence:
-            break
-        token = pick(logits, cache.length + 1 + row)
-        drafted.append(token)
-    return drafted
-
-
-def verify(model: Llama, cache: KVQCache, tokens: list[int], exit_layer: int, depth: int) -> Tensor:
+def verify(model: Llama, cache: KVQCache, tokens: list[int], exit_layer: int, depth: int, watch=()) -> tuple[Tensor, dict[int, Tensor]]:
     """Logits (len(tokens), vocab) after layer `depth` for tokens at the positions that follow the live ones: one pass.
 
-    Starts at exit_layer from the exit queries that the draft left, or at the embedding when exit_layer is 0.
+    Starts at exit_layer from the exit queries that the draft left, or at the embedding when exit_layer is 0. Also returns the
+    hidden states (len(tokens), dim) behind the layers in `watch` that it passed, for a drafter that learns.
     """
     h = cache.queries[: len(tokens)] if exit_layer else model.embed(torch.tensor(tokens, device=model.device))
-    return model.unembed(model.run_layers(h, exit_layer, depth, cache, cache.length))
+    hidden = {}
+    for stop in [*(l for l in watch if exit_layer < l < depth), depth]:
+        hidden[stop] = h = model.run_layers(h, exit_layer, stop, cache, cache.length)
+        exit_layer = stop
+    return model.unembed(h), hidden
 
 
 def accept(drafted: list[int], logits: Tensor, position: int, pick: Pick, eos) -> list[int]:
@@ -155,15 +135,6 @@ def accept(drafted: list[int], logits: Tensor, position: int, pick: Pick, eos) -
         if token != foreseen or token in eos:
             break
     return emitted
-
-
-@torch.inference_mode()
-def prefill(model: Llama, cache: KVQCache, tokens: list[int], depth: int) -> None:
-    """Runs tokens through the first `depth` layers after the live positions, PREFILL_ROWS at a time, and makes them live."""
-    for first in range(0, len(tokens), PREFILL_ROWS):
-        piece = tokens[first : first + PREFILL_ROWS]
-        model.run_layers(model.embed(torch.tensor(piece, device=model.device)), 0, depth, cache, cache.length)
-        cache.accept(len(piece))
 
 
 def new_cache(config: Config, length: int, draft_len: int, dtype: torch.dtype, device: torch.device) -> KVQCache:
@@ -182,6 +153,7 @@ def generate(
     min_confidence: float = 0.0,
     no_verify: bool = False,
     exit_confidence: float = 0.0,
+    drafter: Callable[..., Drafter] | None = None,
     eos: tuple[int, ...] | None = None,
     cache: KVQCache | None = None,
 ) -> Iterator[Round]:
@@ -191,6 +163,7 @@ def generate(
     draft_len     d, from 1 to MAX_ROWS - 1: the most tokens drafted in a round.
     no_verify     early exit alone: every token is layer E's, unverified. Lossy.
     exit_confidence   early exit by confidence, from layer E on, unverified (see _confident). Lossy.
+    drafter       who drafts instead of layers [0, E): called as drafter(model, cache, eos, min_confidence), see drafters.py.
     eos           ids that end the text; default: the model's own. () never ends it.
     cache         an empty cache to use instead of a new one (see new_cache), for a caller who wants to look into it.
 
@@ -208,7 +181,7 @@ def generate(
         raise ValueError(f"the exit layer must be from 1 to {c.n_layers - 1} (the model has {c.n_layers} layers), not {exit_layer}")
     if not 0 <= exit_confidence <= 1:
         raise ValueError(f"the exit confidence must be above 0 and at most 1, not {exit_confidence}")
-    drafts = exit_layer > 0 and not no_verify and not exit_confidence
+    drafts = (exit_layer > 0 or drafter is not None) and not no_verify and not exit_confidence
     if drafts and not 1 <= draft_len < MAX_ROWS:
         raise ValueError(f"the draft length must be from 1 to {MAX_ROWS - 1}, not {draft_len}")
     if not 0 <= min_confidence < 1:
@@ -224,13 +197,15 @@ def generate(
         raise ValueError(f"the cache must be empty and hold {end} positions and {draft_len + 1} exit queries")
     if exit_confidence:
         return _confident(model.pack(), cache, list(prompt_ids), exit_layer, end, sampling, exit_confidence, eos)
-    if no_verify:
-        return _rounds(model.pack(), cache, list(prompt_ids), 0, exit_layer, 0, end, sampling, 0.0, eos)
-    return _rounds(model.pack(), cache, list(prompt_ids), exit_layer, c.n_layers, draft_len, end, sampling, min_confidence, eos)
+    model.pack()
+    if not drafts:
+        return _rounds(model, cache, list(prompt_ids), None, exit_layer if no_verify else c.n_layers, 0, end, sampling, eos)
+    drafter = drafter or partial(EarlyExit, exit_layer=exit_layer)
+    return _rounds(model, cache, list(prompt_ids), drafter(model, cache, eos, min_confidence), c.n_layers, draft_len, end, sampling, eos)
 
 
 @torch.inference_mode()
-def _rounds(model, cache, tokens, exit_layer, depth, draft_len, end, sampling, min_confidence, eos) -> Iterator[Round]:
+def _rounds(model, cache, tokens, drafter, depth, draft_len, end, sampling, eos) -> Iterator[Round]:
     """The draft-verify loop; `depth` is the layer whose word counts (L, or E for unverified early exit)."""
 
     def pick(logits: Tensor, position: int) -> int:
@@ -239,13 +214,15 @@ def _rounds(model, cache, tokens, exit_layer, depth, draft_len, end, sampling, m
     prefill(model, cache, tokens[:-1], depth)
     while len(tokens) < end:
         started = time.perf_counter()
-        drafted = []
-        if exit_layer:
+        drafted, exit_layer = [], 0
+        if drafter:
             limit = min(draft_len, end - len(tokens) - 1)  # a round emits one token more than it drafts
-            drafted = draft(model, cache, tokens[-1], exit_layer, limit, pick, min_confidence, eos)
+            drafted, exit_layer = drafter.draft(tokens, limit, pick)
         drafting_ended = time.perf_counter()
-        logits = verify(model, cache, tokens[-1:] + drafted, exit_layer, depth)
+        logits, hidden = verify(model, cache, tokens[-1:] + drafted, exit_layer, depth, drafter.watch if drafter else ())
         emitted = accept(drafted, logits, len(tokens), pick, eos)
+        if drafter:
+            drafter.verified(tokens, emitted, logits, hidden, pick)
         cache.accept(len(emitted))  # rows beyond stay dead: this is the rewind
         tokens += emitted
         accepted = sum(a == b for a, b in zip(drafted, emitted))
@@ -411,8 +388,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--interactive", action="store_true", help="ask for a prompt, complete it, ask again; Ctrl-D ends")
     p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to generate at most (default %(default)s)")
     draft = p.add_argument_group("drafting (defaults come with the checkpoint)")
-    draft.add_argument("--exit", type=int, metavar="E", help="layers that the draft runs; few: fast, many: accepted more often")
+    draft.add_argument("--exit", type=exit_choice, metavar="E", help="layers that the draft runs; few: fast, many: accepted more often. auto: chosen as the text goes")
     draft.add_argument("--draft", type=int, metavar="D", help=f"tokens drafted per round at most, 1 to {MAX_ROWS - 1}")
+    who = draft.add_mutually_exclusive_group()
+    who.add_argument("--adapter", type=Path, metavar="DIR", help="Kangaroo: draft with a trained adapter (kangaroo.py) on an early exit")
+    who.add_argument("--draft-ckpt", type=Path, metavar="DIR", help="draft with a smaller checkpoint of the same vocabulary")
+    who.add_argument("--skip", metavar="SET", help="Draft & Verify: draft without these sublayers, such as attn:3,4,mlp:7")
+    who.add_argument("--lookup", action="store_true", help="draft what followed the last time these tokens came")
+    who.add_argument("--jacobi", action="store_true", help="draft what the verifier said beyond its last correction")
     draft.add_argument("--keep-layers", metavar="LIST", help="LayerDrop: run these layers alone, such as 0,1,5 or 0::2 for every other; a lossy, smaller model")
     draft.add_argument("--min-confidence", type=float, metavar="C", help="stop drafting when the exit's top probability is at or below C; 0: never")
     mode = p.add_mutually_exclusive_group()
@@ -453,6 +436,57 @@ def read_prompt(args: argparse.Namespace) -> str:
     return text
 
 
+def exit_choice(text: str) -> int | str:
+    """The value of --exit."""
+    return text if text == "auto" else int(text)
+
+
+def sublayers(text: str) -> dict[str, set[int]]:
+    """The sublayers of --skip: "attn:3,4,mlp:7" -> {"attention": {3, 4}, "mlp": {7}}."""
+    found: dict[str, set[int]] = {"attention": set(), "mlp": set()}
+    kind = ""
+    try:
+        for part in text.split(","):
+            name, _, number = part.strip().rpartition(":")
+            kind = {"attn": "attention", "mlp": "mlp", "": kind}[name]
+            found[kind].add(int(number))
+    except (KeyError, ValueError):
+        raise ValueError(f"--skip takes sublayers such as attn:3,4,mlp:7, not {text!r:.40}") from None
+    return found
+
+
+def choose_drafter(args: argparse.Namespace, model: Llama, settings: dict) -> str:
+    """Puts who drafts, and the defaults that go with it, into settings; returns its name. "" when nobody does."""
+    layers, name = model.config.n_layers, "early exit"
+    auto = args.exit == "auto"
+    if auto:
+        name, args.exit, settings["draft_len"] = "exit auto", None, MAX_ROWS - 1
+        settings["drafter"] = partial(AutoExit, exit_layer=settings["exit_layer"])
+    others = args.adapter or args.draft_ckpt or args.skip or args.lookup or args.jacobi
+    if others and (auto or args.exit is not None or args.full or args.no_verify or args.exit_confidence):
+        raise ValueError("--exit, --full, --no-verify and --exit-confidence do not go with another drafter")
+    if args.adapter:
+        adapter = load_adapter(args.adapter, model)
+        name, settings["drafter"] = "kangaroo", partial(Kangaroo, adapter=adapter)
+        settings.update(exit_layer=adapter.exit_layer, draft_len=6, min_confidence=ETA)
+    elif args.draft_ckpt:
+        other = load_checkpoint(args.draft_ckpt, model.dtype, model.device)
+        if other.config.max_len < model.config.max_len:
+            model.config = replace(model.config, max_len=other.config.max_len)
+        name, settings["drafter"] = "two models", partial(TwoModels, other=other)
+    elif args.skip:
+        name, settings["drafter"] = "skip layers", partial(SkipLayers, **sublayers(args.skip))
+    elif args.lookup or args.jacobi:
+        name, settings["drafter"] = ("prompt lookup", PromptLookup) if args.lookup else ("jacobi", Jacobi)
+    for key, given in (("exit_layer", args.exit), ("draft_len", args.draft), ("min_confidence", args.min_confidence)):
+        settings[key] = settings[key] if given is None else given
+    if not args.full and not 1 <= settings["exit_layer"] < layers:
+        raise ValueError(f"--exit must be from 1 to {layers - 1} (the model has {layers} layers), not {settings['exit_layer']}")
+    if args.full:
+        settings.update(exit_layer=0, drafter=None)
+    return name if drafts({**settings, "no_verify": args.no_verify, "exit_confidence": args.exit_confidence}) else ""
+
+
 def layer_list(text: str, layers: int) -> list[int]:
     """Layer numbers of "0,2,5" and slices such as "0::2"."""
     kept = []
@@ -474,6 +508,7 @@ def drafting_defaults(found: dict, config: Config) -> dict:
         exit_layer=found.get("assistant_early_exit", max(1, config.n_layers // 4)),
         draft_len=min(found.get("num_assistant_tokens", 6), MAX_ROWS - 1),
         min_confidence=found.get("assistant_confidence_threshold", 0.3),
+        drafter=None,
     )
 
 
@@ -510,13 +545,7 @@ def decode(args: argparse.Namespace) -> None:
             raise ValueError("--keep-layers must leave at least 2 layers")
     settings = drafting_defaults(found, model.config)
     settings["exit_layer"] = min(settings["exit_layer"], model.config.n_layers - 1)
-    for name, given in (("exit_layer", args.exit), ("draft_len", args.draft), ("min_confidence", args.min_confidence)):
-        settings[name] = settings[name] if given is None else given
-    if not args.full and not 1 <= settings["exit_layer"] < model.config.n_layers:
-        layers = model.config.n_layers
-        raise ValueError(f"--exit must be from 1 to {layers - 1} (the model has {layers} layers), not {settings['exit_layer']}")
-    if args.full:
-        settings["exit_layer"] = 0
+    who = choose_drafter(args, model, settings)
     ends = [e for e in (found.get("eos_token_id"), list(model.config.eos) or None, tokenizer.eos) if e is not None]
     settings.update(
         no_verify=args.no_verify,
@@ -529,18 +558,18 @@ def decode(args: argparse.Namespace) -> None:
     if args.interactive:
         converse(model, tokenizer, settings)
     else:
-        complete(model, tokenizer, settings, text, args)
+        complete(model, tokenizer, settings, text, args, who)
 
 
 def drafts(settings: dict) -> bool:
     """Whether these settings of generate draft and verify."""
-    return settings["exit_layer"] > 0 and not settings["no_verify"] and not settings["exit_confidence"]
+    return (settings["exit_layer"] > 0 or settings["drafter"] is not None) and not settings["no_verify"] and not settings["exit_confidence"]
 
 
-def complete(model: Llama, tokenizer: Tokenizer, settings: dict, text: str, args: argparse.Namespace) -> None:
+def complete(model: Llama, tokenizer: Tokenizer, settings: dict, text: str, args: argparse.Namespace, who: str) -> None:
     """Generates after one prompt and reports; with --compare a second time with the full model alone."""
     ids = tokenizer.encode(text)
-    full = {**settings, "exit_layer": 0}
+    full = {**settings, "exit_layer": 0, "drafter": None}
     rounds = generate(model, ids, **settings)
     if args.compare:  # both once for a few tokens, so that neither is timed cold
         for warm in (settings, full):
@@ -563,7 +592,7 @@ def complete(model: Llama, tokenizer: Tokenizer, settings: dict, text: str, args
     if args.compare:
         compared = run(generate(model, ids, **full), keep_logits=True)
     if args.json:
-        shown = {**settings, "sampling": asdict(settings["sampling"]), "ckpt": str(args.ckpt), "prompt": text, "prompt_ids": ids}
+        shown = {**settings, "drafter": who or None, "sampling": asdict(settings["sampling"]), "ckpt": str(args.ckpt), "prompt": text, "prompt_ids": ids}
         shown.update(dtype=str(model.dtype).removeprefix("torch."), device=str(model.device), exact=model.exact, threads=torch.get_num_threads())
         print(json.dumps(as_json(result, tokenizer, ids, shown, compared)))
     elif compared:

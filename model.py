@@ -583,6 +583,15 @@ class Llama(nn.Module):
         return self.unembed(self.run_layers(self.embed(tokens), 0, self.config.n_layers))
 
 
+@torch.inference_mode()
+def prefill(model: Llama, cache: KVQCache, tokens: list[int], depth: int) -> None:
+    """Runs tokens through the first `depth` layers after the live positions, PREFILL_ROWS at a time, and makes them live."""
+    for first in range(0, len(tokens), PREFILL_ROWS):
+        piece = tokens[first : first + PREFILL_ROWS]
+        model.run_layers(model.embed(torch.tensor(piece, device=model.device)), 0, depth, cache, cache.length)
+        cache.accept(len(piece))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: Hugging Face's layout (config.json, model.safetensors or shards) and Meta's (params.json, consolidated.*)
 

@@ -10,30 +10,38 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-EXACT = "test_exactness.py::test_speculative_tokens_logits_and_cache_are_bitwise_the_full_models"
+EXACT = "test_exactness.py::test_tokens_logits_and_cache_are_bitwise_the_full_models_whoever_drafts"
 ALWAYS = "test_exactness.py::test_a_draft_that_equals_the_full_model_is_always_accepted"
 ORACLE = "test_model.py::test_decoding_over_the_cache_is_the_oracles_token_for_token"
 BUDGET = "test_exactness.py::test_a_round_never_emits_past_the_budget_the_context_or_the_end_of_text"
+
+KANGAROO = "test_drafters.py::test_an_adapter_that_adds_nothing_drafts_what_the_exit_drafts"
+TWO = "test_drafters.py::test_a_draft_model_that_is_the_model_is_always_right"
+JUDGE = "test_drafters.py::test_exit_auto_judges_exits_by_what_was_verified"
 
 # fault, file, code as it is, code as it breaks, the test that must see it
 MUTANTS = [
     ("accept one token too many", "decode.py", "        if token != foreseen or token in eos:\n            break", "        if token in eos or (row and emitted[-2] != drafted[row - 1]):\n            break", EXACT),
     ("keep a rejected entry", "decode.py", "cache.accept(len(emitted))  #", "cache.accept(len(emitted) + (len(emitted) <= len(drafted)))  #", EXACT),
-    ("exit query off by one", "decode.py", "cache.put_query(row, h[0])", "cache.put_query(max(row - 1, 0), h[0])", EXACT),
+    ("exit query off by one", "drafters.py", "self.exit_layer, self.cache, self.cache.length + row)\n        self.cache.put_query(row, h[0])", "self.exit_layer, self.cache, self.cache.length + row)\n        self.cache.put_query(max(row - 1, 0), h[0])", EXACT),
     ("mask off by one, too much", "model.py", "device=device) > positions[:, None]", "device=device) > positions[:, None] + 1", ORACLE),
     ("mask off by one, too little", "model.py", "device=device) > positions[:, None]", "device=device) > positions[:, None].clamp(min=1) - 1", ORACLE),
-    ("draft uses layer E + 1", "decode.py", "model.run_layers(h, 0, exit_layer, cache, cache.length + row)", "model.run_layers(h, 0, exit_layer + 1, cache, cache.length + row)", EXACT),
-    ("wrong noise position in the draft", "decode.py", "pick(logits, cache.length + 1 + row)", "pick(logits, cache.length + row)", ALWAYS),
+    ("draft uses layer E + 1", "drafters.py", "0, self.exit_layer, self.cache, self.cache.length + row)\n        self", "0, self.exit_layer + 1, self.cache, self.cache.length + row)\n        self", EXACT),
+    ("wrong noise position in the draft", "drafters.py", "drafted, position = [], self.cache.length + 1", "drafted, position = [], self.cache.length", ALWAYS),
     ("wrong noise position in the verifier", "decode.py", "pick(logits[row], position + row)", "pick(logits[row], position)", EXACT),
     ("padding row written on", "model.py", "(0, 0, 0, short)))[: x.shape[0]]", "(0, 0, 0, short)))", EXACT),
     ("unembed without the norm", "model.py", "(self.head or self.lm_head)(self.model.norm(h))", "(self.head or self.lm_head)(h)", ORACLE),
     ("no padding to the safe row count", "model.py", "short = self.min_rows - x.shape[0]", "short = 0", EXACT),
     ("ordinary attention in an exact pass", "model.py", "self.row_by_row = exact and rows <= MAX_ROWS", "self.row_by_row = False", EXACT),
-    ("key of the draft's last token missing", "decode.py", "        if row == limit or (drafted", "        if row == limit and drafted:\n            cache.put_query(row, h[0] * 0)\n        if row == limit or (drafted", EXACT),
-    ("verifier starts a position late", "decode.py", "exit_layer, depth, cache, cache.length))", "exit_layer, depth, cache, cache.length + 1))", EXACT),
+    ("key of the draft's last token missing", "drafters.py", "            if row == limit or (drafted", "            if row == limit and drafted:\n                self.cache.put_query(row, self.embed(0)[0])\n            if row == limit or (drafted", EXACT),
+    ("verifier starts a position late", "decode.py", "exit_layer, stop, cache, cache.length)", "exit_layer, stop, cache, cache.length + 1)", EXACT),
     ("a round may pass the budget", "decode.py", "end - len(tokens) - 1)  #", "end - len(tokens))  #", BUDGET),
     ("text goes on after EOS", "decode.py", "        if token != foreseen or token in eos:", "        if token != foreseen:", BUDGET),
     ("queries rotated, keys not", "model.py", "q, k = rotate(qk, cos, sin).split((n_heads, n_kv_heads), -2)", "q, k = rotate(qk, cos, sin).split((n_heads, n_kv_heads), -2); k = qk.split((n_heads, n_kv_heads), -2)[1]", ORACLE),
+    ("an adapter remembers rejected tokens", "kangaroo.py", "        self.own.rewind(self.cache.length)\n", "        self.own.rewind(self.own.length)\n", KANGAROO),
+    ("a draft model remembers rejected tokens", "drafters.py", "self.own.rewind(same)", "self.own.rewind(self.own.length)", TWO),
+    ("an exit is judged by the next position", "drafters.py", "len(tokens) + row) == token)):", "len(tokens) + row + 1) == token)):", JUDGE),
+    ("what a drafter left is trusted when it left nothing", "drafters.py", "tokens[-1], limit, pick), 0\n\n    def run", "tokens[-1], limit, pick), 1\n\n    def run", EXACT),
 ]  # fmt: skip
 
 

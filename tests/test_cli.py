@@ -13,7 +13,8 @@ from helpers import tiny_config, tiny_model
 
 import data
 import decode
-from model import save_checkpoint
+import kangaroo
+from model import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,25 @@ def test_compare_says_identical_and_how_fast(cli):
 def test_seeds_matter_and_repeat(cli):
     one, again, other = (cli(*SHORT, "--temperature", "1", "--seed", s).out for s in "112")
     assert one == again != other
+
+
+@pytest.mark.parametrize("who", ["--exit auto", "--draft-ckpt CKPT", "--skip attn:2,3,mlp:3", "--lookup", "--jacobi", "--adapter ADAPTER"])
+def test_whoever_drafts_the_text_is_the_full_models(cli, ckpt, tmp_path, who):
+    torch.manual_seed(0)
+    model = load_checkpoint(ckpt)
+    kangaroo.save_adapter(kangaroo.Adapter(model.config, 2), tmp_path, {})
+    options = who.replace("CKPT", str(ckpt)).replace("ADAPTER", str(tmp_path)).split()
+    options += ["--min-confidence", "0"]
+    run = cli(*SHORT, *options, "--compare", "--temperature", "0.7")
+    assert run.code == 0 and "identical to the full model" in run.err and "drafted tokens accepted" in run.err
+    found = json.loads(cli(*SHORT, *options, "--json").out)
+    assert found["settings"]["drafter"] and found["acceptance"] is not None
+
+
+@pytest.mark.parametrize("bad", ["--exit some", "--skip x", "--skip attn:9", "--adapter none", "--draft-ckpt none", "--lookup --jacobi", "--lookup --exit 2", "--adapter none --full"])
+def test_drafters_that_cannot_be_are_one_clear_message(cli, bad):
+    run = cli(*SHORT, *bad.split())
+    assert run.code == 2 and "decode.py: " in run.err.splitlines()[-1] and "Traceback" not in run.err and not run.out
 
 
 def test_confident_exit_says_how_many_layers_it_ran(cli):

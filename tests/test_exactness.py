@@ -1,13 +1,18 @@
 """The contract: speculative decoding gives the bits of full-model decoding."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from helpers import reference_decode, tiny_config, tiny_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decode import Sampling, generate, new_cache
-from model import MAX_ROWS, RowLinear, row_silu, safe_rows
+from drafters import AutoExit, EarlyExit, Jacobi, PromptLookup, SkipLayers, TwoModels
+from kangaroo import Adapter, Kangaroo
+from model import MAX_ROWS, Llama, RowLinear, row_silu, safe_rows
 
 pytestmark = pytest.mark.threads
 
@@ -36,27 +41,54 @@ def cases(draw):
     prompt = draw(st.lists(st.integers(0, config.vocab_size - 1), min_size=1, max_size=draw(st.sampled_from([1, 17, 66]))))
     temperature = draw(st.sampled_from([0.0, 0.0, 0.4, 1.0, 2.0]))
     sampling = Sampling(temperature, draw(st.sampled_from([0, 1, 4])), draw(st.sampled_from([1.0, 0.7])), draw(st.integers(0, 9)))
-    settings = dict(
+    how = dict(
         exit_layer=exit_layer,
         draft_len=draw(st.integers(1, 8)),
         min_confidence=draw(st.sampled_from([0.0, 0.0, 0.3, 0.8])),
         max_new_tokens=draw(st.sampled_from([1, 2, 9, 40, 80])),
         eos=tuple(draw(st.lists(st.integers(0, config.vocab_size - 1), max_size=1))),
     )
-    return model, prompt, sampling, settings
+    return model, prompt, sampling, how
 
 
-def test_speculative_tokens_logits_and_cache_are_bitwise_the_full_models():
+def smaller(model):
+    """The model's first two layers as a model of their own: foresees some of its words."""
+    config = replace(model.config, n_layers=min(2, model.config.n_layers))
+    other = Llama(config).to(model.dtype).eval()
+    other.load_state_dict({name: w for name, w in model.state_dict().items() if name in other.state_dict()})
+    return other
+
+
+def random_adapter(model, exit_layer: int):
+    torch.manual_seed(1)
+    return Adapter(model.config, exit_layer).to(model.dtype)
+
+
+DRAFTERS = {  # who drafts -> drafter for an unpacked model whose layers from exit_layer on are damped
+    "early exit": lambda model, exit_layer: partial(EarlyExit, exit_layer=exit_layer),
+    "exit auto": lambda model, exit_layer: partial(AutoExit, exit_layer=exit_layer),
+    "skip layers": lambda model, exit_layer: partial(SkipLayers, attention={model.config.n_layers - 1}, mlp=set(range(exit_layer, model.config.n_layers))),
+    "two models": lambda model, exit_layer: partial(TwoModels, other=smaller(model)),
+    "kangaroo": lambda model, exit_layer: partial(Kangaroo, adapter=random_adapter(model, exit_layer)),
+    "prompt lookup": lambda model, exit_layer: PromptLookup,
+    "jacobi": lambda model, exit_layer: Jacobi,
+}
+
+
+@pytest.mark.parametrize("who", DRAFTERS)
+def test_tokens_logits_and_cache_are_bitwise_the_full_models_whoever_drafts(who):
     seen = set()
 
+    @settings(max_examples=settings().max_examples if who == "early exit" else settings().max_examples // 4)
     @given(cases())
     def law(case):
-        model, prompt, sampling, settings = case
+        model, prompt, sampling, how = case
+        drafter = DRAFTERS[who](model, how["exit_layer"])
         model.pack()
-        tokens, logits, reference = reference_decode(model, prompt, settings["max_new_tokens"], sampling, settings["eos"])
-        cache = new_cache(model.config, model.config.max_len, settings["draft_len"], model.dtype, model.device)
+        tokens, logits, reference = reference_decode(model, prompt, how["max_new_tokens"], sampling, how["eos"])
+        cache = new_cache(model.config, model.config.max_len, how["draft_len"], model.dtype, model.device)
         emitted, rows = [], []
-        for r in generate(model, prompt, sampling=sampling, cache=cache, **settings):
+        for r in generate(model, prompt, sampling=sampling, cache=cache, drafter=drafter, **how):
             emitted += r.emitted
             rows.append(r.logits)
             assert r.accepted in (len(r.emitted), len(r.emitted) - 1)
@@ -104,12 +136,10 @@ def test_a_confident_draft_stops_before_the_doubtful_token():
 
 @given(cases())
 def test_early_exit_alone_is_the_first_layers_own_decoding(case):
-    model, prompt, sampling, settings = case
+    model, prompt, sampling, how = case
     model.pack()
-    tokens, logits, _ = reference_decode(
-        model, prompt, settings["max_new_tokens"], sampling, settings["eos"], depth=settings["exit_layer"]
-    )
-    rounds = list(generate(model, prompt, sampling=sampling, no_verify=True, **settings))
+    tokens, logits, _ = reference_decode(model, prompt, how["max_new_tokens"], sampling, how["eos"], depth=how["exit_layer"])
+    rounds = list(generate(model, prompt, sampling=sampling, no_verify=True, **how))
     assert [t for r in rounds for t in r.emitted] == tokens
     assert torch.equal(torch.cat([r.logits for r in rounds]), logits)
 

@@ -1,0 +1,266 @@
+"""Who drafts. The verifier does not care: what it emits is the full model's, so any guess is welcome and none is trusted.
+
+    EarlyExit       the first E layers of the model itself (LayerSkip)          leaves their work to the verifier
+    AutoExit        the same, choosing E and the draft length as the text goes
+    SkipLayers      the model without some attention and MLP sublayers (Draft & Verify)
+    TwoModels       a smaller model with the same vocabulary
+    PromptLookup    what followed the last time these tokens came
+    Jacobi          what the verifier said beyond the first wrong guess
+
+A drafter of one's own is a class with a `draft` method; Kangaroo's is in kangaroo.py.
+"""
+
+import time
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from cache import KVQCache
+from model import MAX_ROWS, CachedAttention, Llama, prefill
+
+Pick = Callable[[Tensor, int], int]  # (logits (vocab,), position) -> token
+
+
+class Drafter:
+    """Proposes tokens in one generation. `model` and `cache` are the verifier's; `eos` ends a text.
+
+    A subclass needs `draft` alone. It is given nothing but verified text, and nothing is asked of its guesses.
+    """
+
+    watch: tuple[int, ...] = ()  # layers behind which `verified` wants to see the hidden states
+
+    def __init__(self, model: Llama, cache: KVQCache, eos: tuple[int, ...] = (), min_confidence: float = 0.0):
+        self.model, self.cache, self.eos, self.min_confidence = model, cache, eos, min_confidence
+
+    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
+        """Up to `limit` guesses of what follows `tokens`, and a number of layers E.
+
+        E > 0 says: keys and values of layers [0, E) at the positions of tokens[-1] and of every guess are in the cache, and
+        the hidden states that enter layer E are its exit queries. E = 0: the verifier has to run every layer.
+        """
+        raise NotImplementedError
+
+    def verified(self, tokens: list[int], emitted: list[int], logits: Tensor, hidden: dict[int, Tensor], pick: Pick) -> None:
+        """Told after each verification: `emitted` follows `tokens`; logits (rows, vocab) and watched hidden states (rows, dim)
+        are those of tokens[-1] and of every guess, right or wrong."""
+
+    def chain(self, step, unembed, token: int, limit: int, pick: Pick) -> list[int]:
+        """Guesses one token after the other: step(token, row) -> hidden state (1, dim), unembed(h) -> logits (1, vocab).
+
+        Stops early where the top probability is at or below min_confidence; the doubtful token is not drafted (the second
+        early exit of Kangaroo, arXiv 2404.18911). Nothing is drafted after an EOS. The last guess is run too, unread, so
+        that its keys and values are there.
+        """
+        drafted, position = [], self.cache.length + 1
+        for row in range(limit + 1):
+            h = step(token, row)
+            if row == limit or (drafted and token in self.eos):
+                break
+            logits = unembed(h)[0]
+            if self.min_confidence > 0 and torch.exp(logits.max() - logits.logsumexp(-1)) <= self.min_confidence:
+                break
+            token = pick(logits, position + row)
+            drafted.append(token)
+        return drafted
+
+    def embed(self, token: int) -> Tensor:
+        return self.model.embed(torch.tensor([token], device=self.model.device))
+
+
+class EarlyExit(Drafter):
+    """The model's own first E layers and its own head (LayerSkip, arXiv 2404.16710, section 4.3)."""
+
+    def __init__(self, model: Llama, cache: KVQCache, eos=(), min_confidence: float = 0.0, *, exit_layer: int):
+        super().__init__(model, cache, eos, min_confidence)
+        self.exit_layer = exit_layer
+
+    def draft(self, tokens, limit, pick):
+        drafted = self.chain(self.step, self.model.unembed, tokens[-1], limit, pick)
+        return drafted, self.exit_layer
+
+    def step(self, token: int, row: int) -> Tensor:
+        h = self.model.run_layers(self.embed(token), 0, self.exit_layer, self.cache, self.cache.length + row)
+        self.cache.put_query(row, h[0])
+        return h
+
+
+class AutoExit(EarlyExit):
+    """EarlyExit that chooses E and the draft length for each round, from what earlier rounds showed (after DEL, arXiv 2504.05598).
+
+    Every verified token is one more trial of every exit: would its guess have been sure, and right? One exit is tried per
+    round, in turn, over the rows that were verified, at the price of one unembedding. With s, the share of sure guesses, and r, the
+    share of right ones among them, a draft of at most d tokens drafts sum s^k and gets sum (s r)^k accepted, k = 1..d;
+    its time follows from costs that are measured once on the machine at hand. The (E, d) of most tokens per second drafts.
+    """
+
+    MEMORY = 48.0  # verified rows after which a trial counts 1/e
+
+    def __init__(self, model: Llama, cache: KVQCache, eos=(), min_confidence: float = 0.0, *, exit_layer: int | None = None):
+        layers = model.config.n_layers
+        super().__init__(model, cache, eos, min_confidence, exit_layer=exit_layer or max(1, layers // 4))
+        self.exits = sorted({max(1, round(layers * share)) for share in (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)} | {self.exit_layer})
+        self.exits = [e for e in self.exits if e < layers]
+        self.draft_len, self.turn, self.tried = 4, 0, self.exit_layer
+        self.trials, self.sure, self.right = ({e: 0.0 for e in self.exits} for _ in range(3))
+        self.early: list[Tensor] = []
+
+    def draft(self, tokens, limit, pick):
+        self.tried = self.exits[self.turn % len(self.exits)]
+        self.turn += 1
+        self.watch, self.early = (self.tried,) if self.tried > self.exit_layer else (), []
+        return super().draft(tokens, min(limit, self.draft_len), pick)
+
+    def step(self, token, row):
+        if self.tried >= self.exit_layer:
+            h = super().step(token, row)
+            if self.tried == self.exit_layer:
+                self.early.append(h)
+            return h
+        position = self.cache.length + row
+        h = self.model.run_layers(self.embed(token), 0, self.tried, self.cache, position)
+        self.early.append(h)
+        h = self.model.run_layers(h, self.tried, self.exit_layer, self.cache, position)
+        self.cache.put_query(row, h[0])
+        return h
+
+    def verified(self, tokens, emitted, logits, hidden, pick):
+        h = hidden[self.tried] if self.tried in hidden else torch.cat(self.early)
+        guesses = self.model.unembed(h[: len(emitted)])
+        confidence = guesses.float().softmax(-1).amax(-1).tolist()
+        for row, token in enumerate(emitted):
+            sure = confidence[row] > self.min_confidence
+            for counts, value in ((self.trials, 1), (self.sure, sure), (self.right, sure and pick(guesses[row], len(tokens) + row) == token)):
+                counts[self.tried] = counts[self.tried] * (1 - 1 / self.MEMORY) + value
+        if self.turn >= len(self.exits):
+            self.exit_layer, self.draft_len = self.best()
+
+    def best(self) -> tuple[int, int]:
+        """The exit and draft length of most expected tokens per second; a draft of 0 tokens is plain decoding."""
+        layer, head = pass_seconds(self.model)
+        found, fastest = (self.exit_layer, 0), 0.0
+        for e in self.exits:
+            sure, right = self.sure[e] / self.trials[e], self.right[e] / self.trials[e]  # sure; sure and right
+            drafted = accepted = 0.0
+            for d in range(MAX_ROWS):
+                if d:
+                    drafted, accepted = drafted + sure**d, accepted + right**d
+                looked = drafted + 1 - sure**d  # a doubtful guess is paid for too
+                seconds = (drafted + 1) * e * layer(1) + looked * head(1)
+                seconds += (self.model.config.n_layers - e) * layer(drafted + 1) + head(drafted + 1)
+                if (1 + accepted) / seconds > fastest:
+                    found, fastest = (e, d), (1 + accepted) / seconds
+        return found
+
+
+_measured: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def pass_seconds(model: Llama):
+    """Two functions of the number of rows: seconds for one layer and for embedding, head and choice; measured once per model."""
+    if model not in _measured:
+        c, layers = model.config, model.config.n_layers
+        cache = KVQCache(layers, c.n_kv_heads, c.head_dim, c.dim, 2 * MAX_ROWS, 1, model.dtype, model.device)
+
+        def seconds(rows: int, last: int, repeat: int = 7) -> float:
+            taken = []
+            for _ in range(repeat):
+                started = time.perf_counter()
+                h = model.embed(torch.zeros(rows, dtype=torch.long, device=model.device))
+                h = model.run_layers(h, 0, last, cache, MAX_ROWS) if last else h
+                int(model.unembed(h)[0].argmax())
+                taken.append(time.perf_counter() - started)
+            return sorted(taken)[repeat // 2]
+
+        def line(one: float, many: float):
+            slope = max(many - one, 0.0) / 7
+            return lambda rows: one + slope * (rows - 1)
+
+        half = max(1, layers // 2)
+        head = [seconds(rows, 0) for rows in (1, 8)]
+        layer = [max(seconds(rows, half) - h, 1e-9) / half for rows, h in zip((1, 8), head)]
+        _measured[model] = line(*layer), line(*head)
+    return _measured[model]
+
+
+class SkipLayers(Drafter):
+    """The model without some of its attention and MLP sublayers (Draft & Verify, arXiv 2309.08168). No extra memory: what it
+    writes in the cache is for its own guesses, and the verifier writes over it."""
+
+    def __init__(self, model: Llama, cache: KVQCache, eos=(), min_confidence: float = 0.0, *, attention: set[int] = frozenset(), mlp: set[int] = frozenset()):
+        super().__init__(model, cache, eos, min_confidence)
+        for l in attention | mlp:
+            if not 0 <= l < model.config.n_layers:
+                raise ValueError(f"layers to skip must lie from 0 to {model.config.n_layers - 1}, not {l}")
+        self.attention, self.mlp = attention, mlp
+
+    def draft(self, tokens, limit, pick):
+        def step(token: int, row: int) -> Tensor | None:
+            return self.run(self.embed(token), row) if row < limit else None
+
+        return self.chain(step, self.model.unembed, tokens[-1], limit, pick), 0
+
+    def run(self, h: Tensor, row: int) -> Tensor:
+        start = self.cache.length + row
+        cos, sin = self.model.rotary(start, 1)
+        attention = CachedAttention(self.cache, start, 1, h.dtype, self.model.exact)
+        for l, layer in enumerate(self.model.model.layers):
+            if l not in self.attention:
+                h = h + layer.self_attn(layer.input_layernorm(h), cos, sin, lambda q, k, v: attention(l, q, k, v))
+            if l not in self.mlp:
+                h = h + layer.mlp(layer.post_attention_layernorm(h))
+        return h
+
+
+class TwoModels(Drafter):
+    """A smaller model with the same vocabulary and a cache of its own (speculative decoding, arXiv 2211.17192 and 2302.01318)."""
+
+    def __init__(self, model: Llama, cache: KVQCache, eos=(), min_confidence: float = 0.0, *, other: Llama):
+        super().__init__(model, cache, eos, min_confidence)
+        if other.config.vocab_size != model.config.vocab_size:
+            raise ValueError(f"the draft model has {other.config.vocab_size} tokens, the model {model.config.vocab_size}: drafting needs one vocabulary")
+        c = other.config
+        self.other, self.known = other.pack(), []  # known: the tokens whose keys and values its cache holds
+        self.own = KVQCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, cache.max_len, 1, other.dtype, other.device)
+
+    def draft(self, tokens, limit, pick):
+        same = next((i for i, (a, b) in enumerate(zip(self.known, tokens[:-1])) if a != b), min(len(self.known), len(tokens) - 1))
+        self.own.rewind(same)
+        prefill(self.other, self.own, tokens[same:-1], self.other.config.n_layers)
+
+        def step(token: int, row: int) -> Tensor:
+            h = self.other.embed(torch.tensor([token], device=self.other.device))
+            h = self.other.run_layers(h, 0, self.other.config.n_layers, self.own, self.own.length)
+            self.own.accept(1)
+            return h
+
+        drafted = self.chain(step, self.other.unembed, tokens[-1], limit, pick)
+        self.known = (tokens + drafted)[: self.own.length]
+        return drafted, 0
+
+
+class PromptLookup(Drafter):
+    """What followed the last time that the latest tokens came: copies from the text itself (prompt lookup, n-gram drafting)."""
+
+    def draft(self, tokens, limit, pick):
+        for n in (3, 2, 1):
+            latest = tokens[-n:]
+            for place in range(len(tokens) - n - 1, -1, -1):
+                if tokens[place : place + n] == latest:
+                    return tokens[place + n : place + n + limit], 0
+        return [], 0
+
+
+class Jacobi(Drafter):
+    """The verifier's own words beyond the first wrong guess become the next guesses (Jacobi decoding, arXiv 2305.10427)."""
+
+    def __init__(self, model: Llama, cache: KVQCache, eos=(), min_confidence: float = 0.0):
+        super().__init__(model, cache, eos)
+        self.guesses: list[int] = []
+
+    def draft(self, tokens, limit, pick):
+        return (self.guesses + [tokens[-1]] * limit)[:limit], 0
+
+    def verified(self, tokens, emitted, logits, hidden, pick):
+        self.guesses = [pick(logits[row], len(tokens) + row) for row in range(len(emitted), len(logits))]
