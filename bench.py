@@ -2,6 +2,9 @@
 
     python bench.py sweep       which exit layer and draft length are best here
     python bench.py speedup     the best of them against the fastest plain decoding this code can do
+    python bench.py drafters    every drafter on one checkpoint (--ckpt, --adapter, --draft-ckpt), one table
+    python bench.py auto        --exit auto against fixed settings on code, prose, repetitive text and random tokens
+    python bench.py coupling    sampling: acceptance with shared noise against the optimum of rejection sampling
     python bench.py train       training: this code's recipes against transformers' Llama in a plain loop (needs transformers)
 
 Run on an idle machine. Text that is generated does not stop at EOS, so every run makes the same number of tokens.
@@ -9,17 +12,21 @@ Run on an idle machine. Text that is generated does not stop at EOS, so every ru
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from data import held_out_prompts
-from decode import DEFAULT_CKPT, DTYPES, Run, auto_dtype, drafting_defaults, generate, generation_defaults, run
-from model import CheckpointError, Llama, load_checkpoint
+from data import held_out_prompts, read_files, stdlib_files
+from decode import DEFAULT_CKPT, DTYPES, Run, auto_dtype, drafting_defaults, generate, generation_defaults, gumbel, run
+from drafters import AutoExit, Drafter, EarlyExit, Jacobi, PromptLookup, SkipLayers, TwoModels, search_skips
+from kangaroo import Kangaroo, load_adapter
+from model import MAX_ROWS, CheckpointError, Llama, load_checkpoint
 from tokenizer import Tokenizer
 
 
@@ -67,31 +74,44 @@ def sweep(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     return {"plain_tokens_per_second": plain.tokens_per_second, "cells": cells}
 
 
-def speedup(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
-    """Self-speculation against the fastest plain decoding this code can do, alternating, args.runs times each.
+def fastest_plain(args, prompts: list[list[int]]):
+    """The type to draft in; models by (type, exact); and the two fastest ways of plain decoding as {name: (model, {})}.
 
-    Plain decoding comes in bfloat16 and float32, exact and not; each runs a quarter of the prompts, and the two fastest go
-    on to the alternating runs. The text is compared with exact plain decoding in the same type.
+    Plain decoding comes in bfloat16 and float32, exact and not; each runs a quarter of the prompts.
     """
     dtype = {v: k for k, v in DTYPES.items()}[DTYPES.get(args.dtype) or auto_dtype(torch.device("cpu"))]
     models = {(d, exact): load_checkpoint(args.ckpt, DTYPES[d]).pack(exact) for d in ("bfloat16", "float32") for exact in (True, False)}
-    settings = drafting_defaults(generation_defaults(args.ckpt), models["float32", True].config)
-    given = {"exit_layer": args.exits and args.exits[0], "draft_len": args.drafts and args.drafts[0], "min_confidence": args.min_confidence}
-    settings.update({name: value for name, value in given.items() if value is not None})
-
     plain = {f"plain, {d}{'' if exact else ', --no-exact'}": model for (d, exact), model in models.items()}
     tried = {name: decode_all(model, prompts[::4], args.tokens, name).tokens_per_second for name, model in plain.items()}
     print("tokens/s on a quarter of the prompts: " + "; ".join(f"{name} {speed:.0f}" for name, speed in tried.items()), flush=True)
-    drafted = f"speculative, {dtype}"
-    contenders = {name: (plain[name], {}) for name in sorted(tried, key=tried.get)[-2:]}
-    contenders[drafted] = (models[dtype, True], settings)
-    decode_all(models[dtype, True], prompts[:1], 32, **settings)
+    return dtype, models, {name: (plain[name], {}) for name in sorted(tried, key=tried.get)[-2:]}
 
+
+def alternate(args, prompts, contenders: dict) -> tuple[dict[str, list[float]], dict[str, Run]]:
+    """tokens/s of each contender, args.runs times in turn, and its last run."""
     speeds, last = {name: [] for name in contenders}, {}
     for turn in range(args.runs):
         for name, (model, extra) in contenders.items():
             last[name] = decode_all(model, prompts, args.tokens, f"run {turn + 1}/{args.runs}, {name}:", **extra)
             speeds[name].append(last[name].tokens_per_second)
+    return speeds, last
+
+
+def speedup(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
+    """Self-speculation against the fastest plain decoding this code can do, alternating, args.runs times each.
+
+    The text is compared with exact plain decoding in the same type.
+    """
+    dtype, models, contenders = fastest_plain(args, prompts)
+    settings = drafting_defaults(generation_defaults(args.ckpt), models["float32", True].config)
+    given = {"exit_layer": args.exits and args.exits[0], "draft_len": args.drafts and args.drafts[0], "min_confidence": args.min_confidence}
+    settings.update({name: value for name, value in given.items() if value is not None})
+
+    drafted = f"speculative, {dtype}"
+    contenders[drafted] = (models[dtype, True], settings)
+    decode_all(models[dtype, True], prompts[:1], 32, **settings)
+
+    speeds, last = alternate(args, prompts, contenders)
     same_name = f"plain, {dtype}"
     reference = last[same_name] if same_name in last else decode_all(models[dtype, True], prompts, args.tokens, same_name)
 
@@ -107,9 +127,127 @@ def speedup(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
         f"{r.acceptance or 0:.0%} accepted, {len(r.ids) / len(r.rounds):.2f} tokens per round; {'identical' if same else 'NOT identical'} to {same_name}"
     )
     return {
-        "settings": settings, "tokens_per_second": table, "tried": tried, "speedup": ratio, "identical": same,
+        "settings": settings, "tokens_per_second": table, "speedup": ratio, "identical": same,
         "acceptance": r.acceptance, "tokens_per_round": len(r.ids) / len(r.rounds),
     }  # fmt: skip
+
+
+def drafters(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
+    """Every drafter on one checkpoint: acceptance, tokens per round, speed against the fastest plain decoding, what it costs."""
+    dtype, models, contenders = fastest_plain(args, prompts)
+    model = models[dtype, True]
+    plain_name, exact = f"plain, {dtype}", dict(contenders)
+    exact[plain_name] = (model, {})
+    base = drafting_defaults(generation_defaults(args.ckpt), model.config)
+    base["draft_len"] = args.drafts[0] if args.drafts else base["draft_len"]
+    exit_layer = base["exit_layer"] = args.exits[0] if args.exits else base["exit_layer"]
+    who = {f"early exit, E = {exit_layer}": (base, "its training")}
+    who["exit auto"] = ({**base, "draft_len": MAX_ROWS - 1, "drafter": partial(AutoExit, exit_layer=exit_layer)}, "its training")
+    if args.adapter:
+        adapter = load_adapter(args.adapter, model)
+        about = json.loads((args.adapter / "adapter.json").read_text())
+        settings = {**base, "draft_len": 6, "min_confidence": 0.6 if args.min_confidence is None else args.min_confidence}
+        who[f"kangaroo, E = {adapter.exit_layer}"] = ({**settings, "drafter": partial(Kangaroo, adapter=adapter)}, f"{about.get('tokens', 0) / 1e6:.1f}M tokens, {about.get('seconds', 0) / 60:.0f} min")
+    if args.draft_ckpt:
+        other = load_checkpoint(args.draft_ckpt, DTYPES[dtype])
+        record = json.loads((args.draft_ckpt / "training.json").read_text()) if (args.draft_ckpt / "training.json").exists() else {}
+        who["two models"] = ({**base, "drafter": partial(TwoModels, other=other)}, f"{record.get('tokens', 0) / 1e6:.1f}M tokens")
+    texts = load_checkpoint(args.ckpt, DTYPES[dtype])
+    attention, mlp, _ = search_skips(texts, torch.tensor([p for p in held_out_prompts(4 * args.prompts, tokenizer, 64)[2 * args.prompts :]]), args.tries, on_try=lambda n, *_: progress(f"search {n}/{args.tries}"))
+    progress("")
+    print(f"Draft & Verify leaves out attention {sorted(attention)} and MLP {sorted(mlp)}")
+    who[f"skip {len(attention)} attention, {len(mlp)} MLP"] = ({**base, "drafter": partial(SkipLayers, attention=attention, mlp=mlp)}, f"{args.tries} tries")
+    who["prompt lookup"], who["jacobi"] = ({**base, "drafter": PromptLookup}, "none"), ({**base, "drafter": Jacobi}, "none")
+    made: dict[str, Drafter] = {}
+
+    def kept(name, maker):
+        def make(*given):
+            made[name] = maker(*given)
+            return made[name]
+
+        return make
+
+    for name, (settings, _) in who.items():
+        maker = settings["drafter"] or partial(EarlyExit, exit_layer=exit_layer)
+        exact[name] = (model, {**settings, "drafter": kept(name, maker)})
+    speeds, last = alternate(args, prompts, exact)
+    middle = {name: statistics.median(values) for name, values in speeds.items()}
+    fastest = max(contenders, key=middle.get)
+    rows = [f"{args.ckpt.name}, {len(prompts)} held-out prompts x {args.tokens} tokens, medians of {args.runs} alternating runs; the fastest plain decoding is {fastest.removeprefix('plain, ')}: {middle[fastest]:.0f} tokens/s.", ""]
+    rows += ["| drafter | accepted | tokens per round | speed against plain | lowest to highest | extra memory | training |", "|---|---|---|---|---|---|---|"]
+    report = {}
+    for name, (_, cost) in who.items():
+        r, ratios = last[name], [v / middle[fastest] for v in speeds[name]]
+        assert r.ids == last[plain_name].ids, f"{name}: the text is not the full model's"
+        report[name] = {"accepted": r.acceptance, "tokens_per_round": len(r.ids) / len(r.rounds), "speedup": middle[name] / middle[fastest], "extra_bytes": made[name].nbytes}
+        rows.append(f"| {name} | {r.acceptance or 0:.0%} | {len(r.ids) / len(r.rounds):.2f} | {middle[name] / middle[fastest]:.2f} | {min(ratios):.2f} to {max(ratios):.2f} | {made[name].nbytes / 1e6:.1f} MB | {cost} |")
+    print("\n".join(rows))
+    return report
+
+
+def auto(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
+    """--exit auto against fixed settings, on four kinds of text: each kind's best fixed setting, and the best over all."""
+    model = load_checkpoint(args.ckpt, DTYPES.get(args.dtype) or auto_dtype(torch.device("cpu"))).pack()
+    each = max(2, args.prompts // 4)
+    random = torch.Generator().manual_seed(0)
+    kinds = {
+        "code": prompts[:each],
+        "prose": docstrings(tokenizer, each, 64),
+        "repetitive": [(p[:12] * 6)[:64] for p in prompts[each : 2 * each]],
+        "random tokens": [torch.randint(3, model.config.vocab_size, (64,), generator=random).tolist() for _ in range(each)],
+    }
+    base = drafting_defaults(generation_defaults(args.ckpt), model.config)
+    confidence = base["min_confidence"] if args.min_confidence is None else args.min_confidence
+    fixed = {f"E = {e}, d = {d}": dict(exit_layer=e, draft_len=d, min_confidence=confidence) for e in args.exits or [2, 3, 4, 6, 8] for d in args.drafts or [2, 4, 8, 15]}
+    choices = {"plain": {}, **fixed, "auto": dict(draft_len=MAX_ROWS - 1, min_confidence=confidence, drafter=partial(AutoExit, exit_layer=base["exit_layer"]))}
+    decode_all(model, prompts[:1], 32, **choices["auto"])
+    speeds = {name: {kind: [] for kind in kinds} for name in choices}
+    for turn in range(args.runs):
+        for name, settings in choices.items():
+            for kind, texts in kinds.items():
+                speeds[name][kind].append(decode_all(model, texts, args.tokens, f"run {turn + 1}/{args.runs}, {name}, {kind}:", **settings).tokens_per_second)
+    middle = {name: {kind: statistics.median(v) for kind, v in found.items()} for name, found in speeds.items()}
+    for found in middle.values():  # the same number of tokens of each kind: the mean of times, not of speeds
+        found["all"] = len(kinds) / sum(1 / found[kind] for kind in kinds)
+    best = {kind: max(fixed, key=lambda name: middle[name][kind]) for kind in [*kinds, "all"]}
+    rows = ["| text | plain, tokens/s | best fixed setting | its speed | the best over all | auto | auto against the best over all |", "|---|---|---|---|---|---|---|"]
+    for kind in [*kinds, "all"]:
+        plain, one, over_all, chosen = (middle[name][kind] for name in ("plain", best[kind], best["all"], "auto"))
+        rows.append(f"| {kind} | {plain:.0f} | {best[kind]} | {one / plain:.2f} | {over_all / plain:.2f} | {chosen / plain:.2f} | {chosen / over_all - 1:+.0%} |")
+    print("\n".join(rows))
+    return middle
+
+
+def docstrings(tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]:
+    """Prompts of `length` tokens that start with the prose of held-out files' long docstrings."""
+    found = []
+    for d in read_files(stdlib_files()):
+        for text in re.findall(r'"""(.{300,}?)"""', d.text, re.DOTALL) if d.held_out else ():
+            found.append(tokenizer.encode('"""' + text)[:length])
+    return found[:: max(1, len(found) // count)][:count]
+
+
+@torch.inference_mode()
+def coupling(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
+    """What exact reproducibility costs in sampling: how often the same Gumbel noise makes exit and full model agree, against
+    1 - TV(p, q), which rejection sampling reaches; averages over the positions of the held-out prompts."""
+    model, report = load_checkpoint(args.ckpt, torch.float32), {}
+    tokens = torch.tensor(prompts)
+    h, logits = model.embed(tokens), {}
+    for l in range(model.config.n_layers):
+        h = model.run_layers(h, l, l + 1)
+        logits[l + 1] = model.unembed(h)[:, 8:].flatten(0, 1).double()
+    exits, full = args.exits or [2, 3, 4, 6, 8, 12], logits[model.config.n_layers]
+    noise = torch.stack([gumbel(0, position, full.shape[1]) for position in range(len(full))])
+    print("| exit | temperature | same noise agrees | 1 - TV | difference |\n|---|---|---|---|---|")
+    for exit in exits:
+        for temperature in (0.3, 0.6, 0.9, 1.2):
+            p, q = (x / temperature for x in (full, logits[exit]))
+            shared = sum(((p + n).argmax(-1) == (q + n).argmax(-1)).double().mean().item() for n in (noise.roll(k, 0) for k in range(8))) / 8
+            most = torch.minimum(p.softmax(-1), q.softmax(-1)).sum(-1).mean().item()
+            report[f"{exit}, {temperature}"] = {"coupled": shared, "optimum": most}
+            print(f"| {exit} | {temperature} | {shared:.1%} | {most:.1%} | {100 * (most - shared):.1f} points |")
+    return report
 
 
 def train(args, tokenizer: Tokenizer, prompts) -> dict:
@@ -179,7 +317,7 @@ def train(args, tokenizer: Tokenizer, prompts) -> dict:
 def main() -> None:
     p = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: [int(v) for v in text.split(",")]
-    p.add_argument("what", choices=["sweep", "speedup", "train"])
+    p.add_argument("what", choices=["sweep", "speedup", "drafters", "auto", "coupling", "train"])
     p.add_argument("--ckpt", type=Path, default=DEFAULT_CKPT, metavar="DIR")
     p.add_argument("--prompts", type=int, default=20, help="held-out prompts (default %(default)s)")
     p.add_argument("--tokens", type=int, default=256, help="new tokens per prompt (default %(default)s)")
@@ -188,13 +326,16 @@ def main() -> None:
     p.add_argument("--drafts", type=numbers, metavar="D,D,...", help="draft lengths (sweep: 2,4,6,10,15; speedup: the checkpoint's own)")
     p.add_argument("--min-confidence", type=float, help="default: 0.3 (sweep), the checkpoint's own (speedup)")
     p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the drafted runs; plain decoding runs in the faster type")
+    p.add_argument("--adapter", type=Path, metavar="DIR", help="drafters: a Kangaroo adapter for the checkpoint")
+    p.add_argument("--draft-ckpt", type=Path, metavar="DIR", help="drafters: a smaller checkpoint of the same vocabulary")
+    p.add_argument("--tries", type=int, default=200, help="drafters: tries of the search for sublayers to skip (default %(default)s)")
     p.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     args = p.parse_args()
     try:
         tokenizer = Tokenizer(args.ckpt)
         prompts = held_out_prompts(2 * args.prompts, tokenizer, 64)  # settings are chosen on one half, speedup is shown on the other
         tuning, shown = prompts[args.prompts :], prompts[: args.prompts]
-        report = {"sweep": sweep, "speedup": speedup, "train": train}[args.what](args, tokenizer, tuning if args.what == "sweep" else shown)
+        report = {"sweep": sweep, "speedup": speedup, "drafters": drafters, "auto": auto, "coupling": coupling, "train": train}[args.what](args, tokenizer, tuning if args.what == "sweep" else shown)
         if args.json:
             Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     except (CheckpointError, ValueError, OSError) as error:

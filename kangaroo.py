@@ -57,6 +57,10 @@ class Kangaroo(Drafter):
         self.adapter, self.exit_layer = adapter, adapter.exit_layer
         self.own = KVQCache(1, c.n_kv_heads, c.head_dim, c.dim, cache.max_len, 1, model.dtype, model.device)
 
+    @property
+    def nbytes(self):
+        return self.own.nbytes + sum(p.nbytes for p in self.adapter.parameters())
+
     def draft(self, tokens, limit, pick):
         if self.own.length < self.cache.length:  # the prompt, seen by the verifier alone: its layers [0, E) once more, on the side
             x = torch.tensor([tokens[: self.cache.length]], device=self.model.device)

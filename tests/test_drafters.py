@@ -9,7 +9,7 @@ from helpers import tiny_config, tiny_model
 
 import kangaroo
 from decode import Sampling, generate, new_cache, sublayers
-from drafters import AutoExit, Drafter, Jacobi, PromptLookup, SkipLayers, TwoModels
+from drafters import AutoExit, Drafter, Jacobi, PromptLookup, SkipLayers, TwoModels, search_skips
 from kangaroo import Adapter, Kangaroo
 from model import CheckpointError, Llama
 
@@ -122,6 +122,12 @@ def silent_adapter(model: Llama, exit_layer: int) -> Adapter:
         adapter.self_attn.o_proj.weight.zero_()
         adapter.norm.weight.copy_(model.model.norm.weight)
     return adapter
+
+
+def test_the_search_finds_the_sublayers_that_add_nothing():
+    model = tiny_model(tiny_config(n_layers=4), damp_from=2, damping=0.0)
+    attention, mlp, agreement = search_skips(model, torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(0)), 150)
+    assert attention == mlp == {2, 3} and agreement == 1.0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
