@@ -204,7 +204,7 @@ class EarlyExitLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss_of, eps, targets, weights, distill, norm, head, *hidden):
-        need = torch.is_grad_enabled() or any(ctx.needs_input_grad)
+        need = any(ctx.needs_input_grad)
         d_norm, d_head, d_hidden = torch.zeros_like(norm), torch.zeros_like(head), [torch.empty_like(h) for h in hidden]
         sums = torch.zeros(len(hidden), device=targets.device)
         rows = max(1, EarlyExitLoss.LOGITS // len(head))
@@ -437,6 +437,14 @@ class Run:
         if self.world > 1:
             dist.barrier()
 
+    def agree(self, number: int) -> int:
+        """The largest number that any process says: all go on, stop and plan together."""
+        if self.world == 1:
+            return number
+        said = torch.tensor(number, device=self.device)
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+        return int(said)
+
     def settings(self) -> dict:
         """What the weights depend on; a run that goes on must agree with it."""
         free = {"out", "save_every", "compile", "plot", "minutes", "steps", "accumulate", "recompute"}
@@ -542,11 +550,12 @@ class Run:
         count = sum(p.numel() for p in self.parameters.values())
         log(f"{count / 1e6:.1f}M parameters, {len(self.data[0]) / 1e6:.2f}M training tokens, {len(self.data[1]) / 1e6:.2f}M held out")
         begun, started, seen, shown = self.step, time.time(), 0, {}
-        while self.step < self.steps and not stop:
+        stopped = False
+        while self.step < self.steps and not stopped:
             if args.minutes and begun == 0 and self.step == 20:  # after compilation: turn the time into a number of steps
                 started, seen = time.time(), 0
             if args.minutes and begun == 0 and self.step == 40:
-                self.steps = 41 + int(args.minutes * 60 / ((time.time() - started) / 20))
+                self.steps = self.agree(41 + int(args.minutes * 60 / ((time.time() - started) / 20)))
             losses, norm = self.train_step()
             seen += args.batch * args.seq
             for exit, loss in losses.items():
@@ -559,9 +568,10 @@ class Run:
                 head, end = ("\r\033[K", "") if sys.stderr.isatty() else ("", "\n")
                 bar = "" if self.steps >= ENDLESS else f"{'#' * (20 * self.step // self.steps):20} {self.step}/{self.steps}"
                 log(f"{head}{bar}  {rate:,.0f} tokens/s  {left:.0f} min left  loss {exits_shown}", end=end)
-            if self.step % args.save_every == 0 or self.step == self.steps or stop:
+            stopped = self.agree(len(stop)) > 0
+            if self.step % args.save_every == 0 or self.step == self.steps or stopped:
                 self.save()
-        if stop:
+        if stopped:
             log(f"\nstopped at step {self.step}; the same command goes on from there")
             raise SystemExit(130)
         log(f"\n{self.out} holds the checkpoint: python decode.py --ckpt {self.out}")
@@ -680,6 +690,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--minutes must be positive, not {args.minutes}")
     if args.seq > args.max_len and not args.init:
         raise ValueError(f"--seq {args.seq} is longer than the context of {args.max_len} (--max-len)")
+    if args.phase and args.recipe != "layerskip":
+        raise ValueError(f"--phase is a setting of --recipe layerskip, not of {args.recipe}")
     recipe = recipe_of(args)
     if not 0 <= recipe.p_max < 1:
         raise ValueError(f"--p-max must be from 0 to below 1, not {recipe.p_max}")
@@ -703,8 +715,12 @@ def main() -> None:
     try:
         check(args)
         if "RANK" in os.environ:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         Run(args).train()
+    except KeyboardInterrupt:
+        raise SystemExit(130)
     except (ValueError, OSError, SafetensorError) as error:
         log(f"train.py: {' '.join(str(error).split())}")
         raise SystemExit(2)

@@ -146,6 +146,19 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(whole, tmp_p
     same_bits(run, whole[0])
 
 
+def test_two_processes_stop_together(whole, tmp_path):
+    """Ctrl-C reaches one of them alone."""
+    run = prepared(whole[0], tmp_path / "run")
+    processes = start_two(run, whole[1])
+    wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("losses") >= 4, processes[0])
+    os.kill(processes[1].pid, signal.SIGINT)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 130
+    finish(*start_two(run, whole[1]))
+    close(run, whole[0])
+
+
 def test_other_settings_do_not_go_on_with_a_run(whole):
     process = start(whole[0], whole[1], extra=("--lr", "1e-3"))
     process.join(60)

@@ -342,7 +342,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_last_state(tmp_path, m
 @pytest.mark.parametrize(
     "bad",
     ["--steps 0", "--exits 24", "--exits a", "--exits 0", "--p-max 1", "--rotation -1", "--seq 600", "--minutes -1", "--heads 3 --kv-heads 2",
-     "--e-scale nan", "--batch 3 --accumulate 2", "--lr 0", "--distill 2", "--seed -1", "--data no/such", "--init no/such"],
+     "--e-scale nan", "--batch 3 --accumulate 2", "--lr 0", "--distill 2", "--seed -1", "--recipe lite --phase finetune", "--data no/such", "--init no/such"],
 )  # fmt: skip
 def test_bad_training_settings_are_one_line_and_write_no_checkpoint(tmp_path, monkeypatch, capsys, bad):
     tokens = tokens_of(tmp_path, [0] * 9999)
