@@ -5,6 +5,7 @@
     python bench.py drafters    every drafter on one checkpoint (--ckpt, --adapter, --draft-ckpt), one table
     python bench.py auto        --exit auto against fixed settings on code, prose, repetitive text and random tokens
     python bench.py coupling    sampling: acceptance with shared noise against the optimum of rejection sampling
+    python bench.py peers       transformers on the same checkpoint, plain and assistant_early_exit (needs transformers)
     python bench.py train       training: this code's recipes against transformers' Llama in a plain loop (needs transformers)
 
 Run on an idle machine. Text that is generated does not stop at EOS, so every run makes the same number of tokens.
@@ -250,6 +251,63 @@ def coupling(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     return report
 
 
+def peers(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
+    """transformers on the same checkpoint, prompts, type, exit and draft length: plain decoding and assistant_early_exit.
+
+    Both sides decode greedily with a cache, prompt included in the time; each side's drafted text is compared with its own
+    plain text. Alternating turns.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    dtype = DTYPES.get(args.dtype) or auto_dtype(torch.device("cpu"))
+    model = load_checkpoint(args.ckpt, dtype).pack()
+    settings = drafting_defaults(generation_defaults(args.ckpt), model.config)
+    given = {"exit_layer": args.exits and args.exits[0], "draft_len": args.drafts and args.drafts[0], "min_confidence": args.min_confidence}
+    settings.update({name: value for name, value in given.items() if value is not None})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=dtype).eval()
+    theirs.generation_config = transformers.GenerationConfig(do_sample=False, max_new_tokens=args.tokens, pad_token_id=0)
+    assist = dict(assistant_early_exit=settings["exit_layer"])
+    theirs.generation_config.num_assistant_tokens = settings["draft_len"]
+    theirs.generation_config.num_assistant_tokens_schedule = "constant"
+    theirs.generation_config.assistant_confidence_threshold = settings["min_confidence"]
+
+    def generated(count: int = args.tokens, **how) -> Run:
+        total = Run()
+        for prompt in prompts:
+            started = time.perf_counter()
+            out = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=count, **how)
+            total = Run(total.ids + out[0, len(prompt) :].tolist(), [], total.seconds + time.perf_counter() - started)
+        return total
+
+    sides = {
+        "transformers, plain": lambda: generated(),
+        "transformers, assistant_early_exit": lambda: generated(**assist),
+        "this code, plain": lambda: decode_all(model, prompts, args.tokens),
+        "this code, self-speculative": lambda: decode_all(model, prompts, args.tokens, **settings),
+    }
+    for name in sides:
+        progress(f"warming up: {name}")
+        generated(8, **(assist if "early" in name else {})) if "transformers" in name else decode_all(model, prompts[:1], 8)
+    speeds, last = {name: [] for name in sides}, {}
+    for turn in range(args.runs):
+        for name, decoded in sides.items():
+            progress(f"turn {turn + 1}/{args.runs}: {name}")
+            last[name] = decoded()
+            speeds[name].append(last[name].tokens_per_second)
+    progress("")
+    found = {name: described(values) for name, values in speeds.items()}
+    names = list(sides)
+    print(f"{len(prompts)} held-out prompts x {args.tokens} tokens, {dtype}, exit {settings['exit_layer']}, draft {settings['draft_len']}, confidence {settings['min_confidence']}")
+    print("| | tokens/s | against transformers | drafted texts that equal its own plain text |\n|---|---|---|---|")
+    for name, other in zip(names, [names[0], names[1], names[0], names[1]]):
+        ids = [[r.ids[i : i + args.tokens] for i in range(0, len(r.ids), args.tokens)] for r in (last[name], last[names[names.index(name) // 2 * 2]])]
+        same = f"{sum(a == b for a, b in zip(*ids))} of {len(prompts)}" if name in names[1::2] else ""
+        v = found[name]
+        print(f"| {name} | {v['median']:.0f} ({v['low']:.0f} to {v['high']:.0f}) | {v['median'] / found[other]['median']:.2f} | {same} |")
+    return found
+
+
 def train(args, tokenizer: Tokenizer, prompts) -> dict:
     """Training tokens/s of the shipped shape: transformers' LlamaForCausalLM in a plain loop, eager and compiled, and the
     recipes plain and layerskip of train.py. Same batch, bfloat16 autocast, AdamW; alternating turns of ten steps."""
@@ -317,7 +375,7 @@ def train(args, tokenizer: Tokenizer, prompts) -> dict:
 def main() -> None:
     p = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: [int(v) for v in text.split(",")]
-    p.add_argument("what", choices=["sweep", "speedup", "drafters", "auto", "coupling", "train"])
+    p.add_argument("what", choices=["sweep", "speedup", "drafters", "auto", "coupling", "peers", "train"])
     p.add_argument("--ckpt", type=Path, default=DEFAULT_CKPT, metavar="DIR")
     p.add_argument("--prompts", type=int, default=20, help="held-out prompts (default %(default)s)")
     p.add_argument("--tokens", type=int, default=256, help="new tokens per prompt (default %(default)s)")
@@ -335,7 +393,7 @@ def main() -> None:
         tokenizer = Tokenizer(args.ckpt)
         prompts = held_out_prompts(2 * args.prompts, tokenizer, 64)  # settings are chosen on one half, speedup is shown on the other
         tuning, shown = prompts[args.prompts :], prompts[: args.prompts]
-        report = {"sweep": sweep, "speedup": speedup, "drafters": drafters, "auto": auto, "coupling": coupling, "train": train}[args.what](args, tokenizer, tuning if args.what == "sweep" else shown)
+        report = {"sweep": sweep, "speedup": speedup, "drafters": drafters, "auto": auto, "coupling": coupling, "peers": peers, "train": train}[args.what](args, tokenizer, tuning if args.what == "sweep" else shown)
         if args.json:
             Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     except (CheckpointError, ValueError, OSError) as error:

@@ -113,14 +113,11 @@ def verify(model: Llama, cache: KVQCache, tokens: list[int], exit_layer: int, de
     """Logits (len(tokens), vocab) after layer `depth` for tokens at the positions that follow the live ones: one pass.
 
     Starts at exit_layer from the exit queries that the draft left, or at the embedding when exit_layer is 0. Also returns the
-    hidden states (len(tokens), dim) behind the layers in `watch` that it passed, for a drafter that learns.
+    hidden states (len(tokens), dim) behind those numbers of layers in `watch`, for a drafter that learns.
     """
     h = cache.queries[: len(tokens)] if exit_layer else model.embed(torch.tensor(tokens, device=model.device))
-    hidden = {}
-    for stop in [*(l for l in watch if exit_layer < l < depth), depth]:
-        hidden[stop] = h = model.run_layers(h, exit_layer, stop, cache, cache.length)
-        exit_layer = stop
-    return model.unembed(h), hidden
+    hidden = dict.fromkeys(watch)
+    return model.unembed(model.run_layers(h, exit_layer, depth, cache, cache.length, hidden)), hidden
 
 
 def accept(drafted: list[int], logits: Tensor, position: int, pick: Pick, eos) -> list[int]:

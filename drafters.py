@@ -29,7 +29,7 @@ class Drafter:
     A subclass needs `draft` alone. It is given nothing but verified text, and nothing is asked of its guesses.
     """
 
-    watch: tuple[int, ...] = ()  # layers behind which `verified` wants to see the hidden states
+    watch: tuple[int, ...] = ()  # numbers of layers behind which `verified` wants to see the hidden states
 
     def __init__(self, model: Llama, cache: KVQCache, eos: tuple[int, ...] = (), min_confidence: float = 0.0):
         self.model, self.cache, self.eos, self.min_confidence = model, cache, eos, min_confidence
@@ -85,8 +85,8 @@ class EarlyExit(Drafter):
         drafted = self.chain(self.step, self.model.unembed, tokens[-1], limit, pick)
         return drafted, self.exit_layer
 
-    def step(self, token: int, row: int) -> Tensor:
-        h = self.model.run_layers(self.embed(token), 0, self.exit_layer, self.cache, self.cache.length + row)
+    def step(self, token: int, row: int, seen: dict | None = None) -> Tensor:
+        h = self.model.run_layers(self.embed(token), 0, self.exit_layer, self.cache, self.cache.length + row, seen)
         self.cache.put_query(row, h[0])
         return h
 
@@ -94,12 +94,13 @@ class EarlyExit(Drafter):
 class AutoExit(EarlyExit):
     """EarlyExit that chooses E and the draft length for each round, from what earlier rounds showed (after DEL, arXiv 2504.05598).
 
-    Every verified token is one more trial of every exit: would its guess have been sure, and right? One exit is tried per
-    round, in turn, over the rows that were verified, at the price of one unembedding. With s, the share of sure guesses, and r, the
-    share of right ones among them, a draft of at most d tokens drafts sum s^k and gets sum (s r)^k accepted, k = 1..d;
+    Every verified token is a trial of every exit: would its guess have been sure, and right? One round in EVERY, all exits are
+    tried over the rows that were verified, at the price of one unembedding. With s, the share of sure guesses, and r, the
+    share of sure and right ones, a draft of at most d tokens drafts sum s^k and gets sum r^k accepted, k = 1..d;
     its time follows from costs that are measured once on the machine at hand. The (E, d) of most tokens per second drafts.
     """
 
+    EVERY = 4
     MEMORY = 48.0  # verified rows after which a trial counts 1/e
 
     def __init__(self, model: Llama, cache: KVQCache, eos=(), min_confidence: float = 0.0, *, exit_layer: int | None = None):
@@ -107,39 +108,34 @@ class AutoExit(EarlyExit):
         super().__init__(model, cache, eos, min_confidence, exit_layer=exit_layer or max(1, layers // 4))
         self.exits = sorted({max(1, round(layers * share)) for share in (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)} | {self.exit_layer})
         self.exits = [e for e in self.exits if e < layers]
-        self.draft_len, self.turn, self.tried = 4, 0, self.exit_layer
+        self.draft_len, self.turn, self.trying = 4, -1, True
         self.trials, self.sure, self.right = ({e: 0.0 for e in self.exits} for _ in range(3))
-        self.early: list[Tensor] = []
+        self.early: list[dict] = []  # of each draft row: its hidden states behind the exits up to exit_layer
 
     def draft(self, tokens, limit, pick):
-        self.tried = self.exits[self.turn % len(self.exits)]
         self.turn += 1
-        self.watch, self.early = (self.tried,) if self.tried > self.exit_layer else (), []
+        self.trying, self.early = self.turn % self.EVERY == 0, []
+        self.watch = tuple(e for e in self.exits if e > self.exit_layer) if self.trying else ()
         return super().draft(tokens, min(limit, self.draft_len), pick)
 
-    def step(self, token, row):
-        if self.tried >= self.exit_layer:
-            h = super().step(token, row)
-            if self.tried == self.exit_layer:
-                self.early.append(h)
-            return h
-        position = self.cache.length + row
-        h = self.model.run_layers(self.embed(token), 0, self.tried, self.cache, position)
-        self.early.append(h)
-        h = self.model.run_layers(h, self.tried, self.exit_layer, self.cache, position)
-        self.cache.put_query(row, h[0])
-        return h
+    def step(self, token, row, seen=None):
+        self.early.append(dict.fromkeys(e for e in self.exits if e <= self.exit_layer) if self.trying else {})
+        return super().step(token, row, self.early[-1])
 
     def verified(self, tokens, emitted, logits, hidden, pick):
-        h = hidden[self.tried] if self.tried in hidden else torch.cat(self.early)
-        guesses = self.model.unembed(h[: len(emitted)])
+        if not self.trying:
+            return
+        rows = len(emitted)
+        hidden = hidden | {e: torch.cat([row[e] for row in self.early]) for e in self.early[0]}
+        guesses = self.model.unembed(torch.cat([hidden[e][:rows] for e in self.exits])).unflatten(0, (-1, rows))
         confidence = guesses.float().softmax(-1).amax(-1).tolist()
-        for row, token in enumerate(emitted):
-            sure = confidence[row] > self.min_confidence
-            for counts, value in ((self.trials, 1), (self.sure, sure), (self.right, sure and pick(guesses[row], len(tokens) + row) == token)):
-                counts[self.tried] = counts[self.tried] * (1 - 1 / self.MEMORY) + value
-        if self.turn >= len(self.exits):
-            self.exit_layer, self.draft_len = self.best()
+        for i, e in enumerate(self.exits):
+            for row, token in enumerate(emitted):
+                sure = confidence[i][row] > self.min_confidence
+                right = sure and pick(guesses[i, row], len(tokens) + row) == token
+                for counts, value in ((self.trials, 1), (self.sure, sure), (self.right, right)):
+                    counts[e] = counts[e] * (1 - 1 / self.MEMORY) + value
+        self.exit_layer, self.draft_len = self.best()
 
     def best(self) -> tuple[int, int]:
         """The exit and draft length of most expected tokens per second; a draft of 0 tokens is plain decoding."""

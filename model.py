@@ -539,11 +539,12 @@ class Llama(nn.Module):
         """tokens (B, T) or (T,) -> hidden states (B, T, dim) or (T, dim)."""
         return self.model.embed_tokens(tokens)
 
-    def run_layers(self, h: Tensor, first: int, last: int, cache: KVQCache | None = None, start: int = 0) -> Tensor:
+    def run_layers(self, h: Tensor, first: int, last: int, cache: KVQCache | None = None, start: int = 0, seen: dict | None = None) -> Tensor:
         """Layers [first, last) on h, the input of layer `first`; returns the input of layer `last`, the same shape.
 
         Without a cache: h (B, T, dim), whole sequences. With one: h (T, dim), rows at positions start..start+T-1 that see
-        what the cache holds of earlier positions and leave their own keys and values in it.
+        what the cache holds of earlier positions and leave their own keys and values in it. Of the numbers of layers that are
+        keys of `seen`, those that are reached get the hidden states behind so many layers.
         """
         cos, sin = self.rotary(start, h.shape[-2])
         if cache is None:
@@ -553,6 +554,8 @@ class Llama(nn.Module):
         attention = CachedAttention(cache, start, h.shape[0], h.dtype, self.exact)
         for index in range(first, last):
             h = self.model.layers[index](h, cos, sin, lambda q, k, v: attention(index, q, k, v))
+            if seen and index + 1 in seen:
+                seen[index + 1] = h
         return h
 
     def fill_layers(self, h: Tensor, first: int, last: int, cache: KVQCache, start: int) -> None:

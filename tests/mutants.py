@@ -23,10 +23,10 @@ JUDGE = "test_drafters.py::test_exit_auto_judges_exits_by_what_was_verified"
 MUTANTS = [
     ("accept one token too many", "decode.py", "        if token != foreseen or token in eos:\n            break", "        if token in eos or (row and emitted[-2] != drafted[row - 1]):\n            break", EXACT),
     ("keep a rejected entry", "decode.py", "cache.accept(len(emitted))  #", "cache.accept(len(emitted) + (len(emitted) <= len(drafted)))  #", EXACT),
-    ("exit query off by one", "drafters.py", "self.exit_layer, self.cache, self.cache.length + row)\n        self.cache.put_query(row, h[0])", "self.exit_layer, self.cache, self.cache.length + row)\n        self.cache.put_query(max(row - 1, 0), h[0])", EXACT),
+    ("exit query off by one", "drafters.py", "self.cache.length + row, seen)\n        self.cache.put_query(row, h[0])", "self.cache.length + row, seen)\n        self.cache.put_query(max(row - 1, 0), h[0])", EXACT),
     ("mask off by one, too much", "model.py", "device=device) > positions[:, None]", "device=device) > positions[:, None] + 1", ORACLE),
     ("mask off by one, too little", "model.py", "device=device) > positions[:, None]", "device=device) > positions[:, None].clamp(min=1) - 1", ORACLE),
-    ("draft uses layer E + 1", "drafters.py", "0, self.exit_layer, self.cache, self.cache.length + row)\n        self", "0, self.exit_layer + 1, self.cache, self.cache.length + row)\n        self", EXACT),
+    ("draft uses layer E + 1", "drafters.py", "0, self.exit_layer, self.cache, self.cache.length + row, seen)", "0, self.exit_layer + 1, self.cache, self.cache.length + row, seen)", EXACT),
     ("wrong noise position in the draft", "drafters.py", "drafted, position = [], self.cache.length + 1", "drafted, position = [], self.cache.length", ALWAYS),
     ("wrong noise position in the verifier", "decode.py", "pick(logits[row], position + row)", "pick(logits[row], position)", EXACT),
     ("padding row written on", "model.py", "(0, 0, 0, short)))[: x.shape[0]]", "(0, 0, 0, short)))", EXACT),
@@ -34,13 +34,13 @@ MUTANTS = [
     ("no padding to the safe row count", "model.py", "short = self.min_rows - x.shape[0]", "short = 0", EXACT),
     ("ordinary attention in an exact pass", "model.py", "self.row_by_row = exact and rows <= MAX_ROWS", "self.row_by_row = False", EXACT),
     ("key of the draft's last token missing", "drafters.py", "            if row == limit or (drafted", "            if row == limit and drafted:\n                self.cache.put_query(row, self.embed(0)[0])\n            if row == limit or (drafted", EXACT),
-    ("verifier starts a position late", "decode.py", "exit_layer, stop, cache, cache.length)", "exit_layer, stop, cache, cache.length + 1)", EXACT),
+    ("verifier starts a position late", "decode.py", "exit_layer, depth, cache, cache.length, hidden)", "exit_layer, depth, cache, cache.length + 1, hidden)", EXACT),
     ("a round may pass the budget", "decode.py", "end - len(tokens) - 1)  #", "end - len(tokens))  #", BUDGET),
     ("text goes on after EOS", "decode.py", "        if token != foreseen or token in eos:", "        if token != foreseen:", BUDGET),
     ("queries rotated, keys not", "model.py", "q, k = rotate(qk, cos, sin).split((n_heads, n_kv_heads), -2)", "q, k = rotate(qk, cos, sin).split((n_heads, n_kv_heads), -2); k = qk.split((n_heads, n_kv_heads), -2)[1]", ORACLE),
     ("an adapter remembers rejected tokens", "kangaroo.py", "        self.own.rewind(self.cache.length)\n", "        self.own.rewind(self.own.length)\n", KANGAROO),
     ("a draft model remembers rejected tokens", "drafters.py", "self.own.rewind(same)", "self.own.rewind(self.own.length)", TWO),
-    ("an exit is judged by the next position", "drafters.py", "len(tokens) + row) == token)):", "len(tokens) + row + 1) == token)):", JUDGE),
+    ("an exit is judged by the next position", "drafters.py", "len(tokens) + row) == token\n", "len(tokens) + row + 1) == token\n", JUDGE),
     ("what a drafter left is trusted when it left nothing", "drafters.py", "tokens[-1], limit, pick), 0\n\n    def run", "tokens[-1], limit, pick), 1\n\n    def run", EXACT),
 ]  # fmt: skip
 
