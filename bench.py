@@ -189,7 +189,9 @@ def drafters(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
 def auto(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """--exit auto against fixed settings, on four kinds of text: each kind's best fixed setting, and the best over all."""
     model = load_checkpoint(args.ckpt, DTYPES.get(args.dtype) or auto_dtype(torch.device("cpu"))).pack()
-    each = max(2, args.prompts // 4)
+    each = args.prompts // 4
+    if each < 1:
+        raise ValueError("auto needs --prompts of at least 4")
     random = torch.Generator().manual_seed(0)
     kinds = {
         "code": prompts[:each],
@@ -396,7 +398,7 @@ def main() -> None:
         report = {"sweep": sweep, "speedup": speedup, "drafters": drafters, "auto": auto, "coupling": coupling, "peers": peers, "train": train}[args.what](args, tokenizer, tuning if args.what == "sweep" else shown)
         if args.json:
             Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
-    except (CheckpointError, ValueError, OSError) as error:
+    except (CheckpointError, ValueError, OSError, ImportError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         raise SystemExit(2)
     except KeyboardInterrupt:

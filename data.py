@@ -27,7 +27,7 @@ HELD_OUT = 0.04  # share of documents that training never sees
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
 LEFT_OUT |= {"encodings", "pydoc_data"}  # tables and a dump of the manual, not source that anybody wrote
 PACKAGES = ("torch", "numpy", "sympy", "networkx")  # torch brings the last two
-PIECE = 1 << 16  # characters of a .txt file that make one document
+PIECE = 1 << 13  # characters of a .txt file that make one document; every 25th is held out
 IGNORED = -100  # target of a token that has no loss
 
 
@@ -38,9 +38,12 @@ class Document:
     name: str
     text: str
     prompt: str = ""
+    kept_back: bool | None = None  # held out or not; None: by the hash of the name
 
     @property
     def held_out(self) -> bool:
+        if self.kept_back is not None:
+            return self.kept_back
         digest = hashlib.sha256(self.name.encode()).digest()
         return int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32
 
@@ -106,8 +109,8 @@ def read_corpus(sources: list[str]) -> Iterator[Document]:
                     yield from read_lines(path)
                     continue
                 with open(path, encoding="utf-8") as file:
-                    for number, lines in enumerate(iter(lambda: file.readlines(PIECE), [])):
-                        yield Document(f"{path.name}:{number}", "".join(lines))
+                    for number, piece in enumerate(iter(lambda: file.read(PIECE), "")):
+                        yield Document(f"{path.name}:{number}", piece, kept_back=number % 25 == 3)
             except UnicodeDecodeError:
                 raise ValueError(f"{source} is not UTF-8 text") from None
 
@@ -180,11 +183,12 @@ def write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, folder: Pa
     prompts = False
     for document in documents:
         ids, mask = files[names[document.held_out]]
-        prompt = tokenizer.encode(document.prompt) if document.prompt else []
-        text = tokenizer.encode(document.text, bos=not prompt) + [tokenizer.eos] * (tokenizer.eos is not None)
-        np.array(prompt + text, dtype=dtype).tofile(ids)
-        np.array([False] * len(prompt) + [True] * len(text)).tofile(mask)
-        prompts = prompts or bool(prompt)
+        whole = tokenizer.encode(document.prompt + document.text) + [tokenizer.eos] * (tokenizer.eos is not None)
+        prompt = tokenizer.encode(document.prompt) if document.prompt else []  # encoded with the text: a space may hang on it
+        shared = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), len(prompt))
+        np.array(whole, dtype=dtype).tofile(ids)
+        np.array([False] * shared + [True] * (len(whole) - shared)).tofile(mask)
+        prompts = prompts or shared > 0
     for file in (f for pair in files.values() for f in pair):
         file.close()
     for name in names:

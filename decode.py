@@ -245,7 +245,7 @@ def _confident(model, cache, tokens, exit_layer, end, sampling, confidence, eos)
         for exit in exits:
             h, depth = model.run_layers(h, depth, exit, cache, cache.length), exit
             logits = model.unembed(h)
-            if exit < layers and torch.exp(logits.max() - logits.logsumexp(-1)) >= confidence:
+            if exit < layers and logits.float().softmax(-1).max() >= confidence:
                 model.fill_layers(h, exit, layers, cache, cache.length)
                 break
         cache.accept(1)
@@ -459,7 +459,9 @@ def choose_drafter(args: argparse.Namespace, model: Llama, settings: dict) -> st
     if auto:
         name, args.exit, settings["draft_len"] = "exit auto", None, MAX_ROWS - 1
         settings["drafter"] = partial(AutoExit, exit_layer=settings["exit_layer"])
-    others = args.adapter or args.draft_ckpt or args.skip or args.lookup or args.jacobi
+    others = args.adapter or args.draft_ckpt or args.skip is not None or args.lookup or args.jacobi
+    if auto and (args.full or args.no_verify or args.exit_confidence):
+        raise ValueError("--exit auto drafts: it does not go with --full, --no-verify and --exit-confidence")
     if others and (auto or args.exit is not None or args.full or args.no_verify or args.exit_confidence):
         raise ValueError("--exit, --full, --no-verify and --exit-confidence do not go with another drafter")
     if args.adapter:
@@ -468,10 +470,8 @@ def choose_drafter(args: argparse.Namespace, model: Llama, settings: dict) -> st
         settings.update(exit_layer=adapter.exit_layer, draft_len=6, min_confidence=ETA)
     elif args.draft_ckpt:
         other = load_checkpoint(args.draft_ckpt, model.dtype, model.device)
-        if other.config.max_len < model.config.max_len:
-            model.config = replace(model.config, max_len=other.config.max_len)
         name, settings["drafter"] = "two models", partial(TwoModels, other=other)
-    elif args.skip:
+    elif args.skip is not None:
         name, settings["drafter"] = "skip layers", partial(SkipLayers, **sublayers(args.skip))
     elif args.lookup or args.jacobi:
         name, settings["drafter"] = ("prompt lookup", PromptLookup) if args.lookup else ("jacobi", Jacobi)
@@ -628,6 +628,7 @@ def as_json(result: Run, tokenizer: Tokenizer, prompt_ids: list[int], settings: 
 
 def converse(model: Llama, tokenizer: Tokenizer, settings: dict) -> None:
     """Reads prompts until the end of input; a prompt that cannot run is said so, and the next one is asked for."""
+    generate(model, [0], **settings)  # settings that cannot run are said so before the first prompt
     while True:
         try:
             text = input("prompt> " if sys.stdin.isatty() else "")

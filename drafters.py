@@ -59,7 +59,7 @@ class Drafter:
             if row == limit or (drafted and token in self.eos):
                 break
             logits = unembed(h)[0]
-            if self.min_confidence > 0 and torch.exp(logits.max() - logits.logsumexp(-1)) <= self.min_confidence:
+            if self.min_confidence > 0 and logits.float().softmax(-1).max() <= self.min_confidence:
                 break
             token = pick(logits, position + row)
             drafted.append(token)
@@ -257,13 +257,13 @@ class TwoModels(Drafter):
         super().__init__(model, cache, eos, min_confidence)
         if other.config.vocab_size != model.config.vocab_size:
             raise ValueError(f"the draft model has {other.config.vocab_size} tokens, the model {model.config.vocab_size}: drafting needs one vocabulary")
-        c = other.config
+        c, self.weights = other.config, sum(p.nbytes for p in other.parameters())
         self.other, self.known = other.pack(), []  # known: the tokens whose keys and values its cache holds
         self.own = KVQCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, cache.max_len, 1, other.dtype, other.device)
 
     @property
     def nbytes(self):
-        return self.own.nbytes + sum(p.nbytes for p in self.other.parameters())
+        return self.own.nbytes + self.weights
 
     def draft(self, tokens, limit, pick):
         same = next((i for i, (a, b) in enumerate(zip(self.known, tokens[:-1])) if a != b), min(len(self.known), len(tokens) - 1))

@@ -10,20 +10,21 @@ head reads it. The model is not changed, so this is what a *plain* checkpoint ca
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cache import KVQCache
 from data import read_corpus, write_tokens
 from drafters import Drafter
-from model import Attention, CachedAttention, CheckpointError, Config, Llama, RMSNorm, batch_attention, load_checkpoint, parse_object
+from model import PREFILL_ROWS, Attention, CachedAttention, CheckpointError, Config, Llama, RMSNorm, RowLinear, batch_attention, load_checkpoint
 from tokenizer import Tokenizer
 
 ETA = 0.6  # drafting stops at or below this confidence (section 3.2)
@@ -55,6 +56,9 @@ class Kangaroo(Drafter):
         super().__init__(model, cache, eos, min_confidence)
         c = model.config
         self.adapter, self.exit_layer = adapter, adapter.exit_layer
+        a = adapter.self_attn
+        if not a.qkv:  # guesses need not be exact
+            a.qkv, a.out = RowLinear(a.q_proj, a.k_proj, a.v_proj, exact=False), RowLinear(a.o_proj, exact=False)
         self.own = KVQCache(1, c.n_kv_heads, c.head_dim, c.dim, cache.max_len, 1, model.dtype, model.device)
 
     @property
@@ -64,8 +68,10 @@ class Kangaroo(Drafter):
     def draft(self, tokens, limit, pick):
         if self.own.length < self.cache.length:  # the prompt, seen by the verifier alone: its layers [0, E) once more, on the side
             x = torch.tensor([tokens[: self.cache.length]], device=self.model.device)
-            self.adapt(self.model.run_layers(self.model.embed(x), 0, self.exit_layer)[0], 0)
-            self.own.accept(self.cache.length)
+            h = self.model.run_layers(self.model.embed(x), 0, self.exit_layer)[0]
+            for piece in h[self.own.length :].split(PREFILL_ROWS):
+                self.adapt(piece, self.own.length)
+                self.own.accept(len(piece))
         self.own.rewind(self.cache.length)
 
         def step(token: int, row: int) -> Tensor:
@@ -100,8 +106,11 @@ def train_step(model: Llama, adapter: Adapter, tokens: Tensor) -> Tensor:
 
 
 def save_adapter(adapter: Adapter, path: Path, about: dict) -> None:
+    """Writes adapter.safetensors, whole or not at all, with the exit layer in its header; adapter.json says how it was made."""
     path.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.detach().to(torch.bfloat16).contiguous() for name, p in adapter.named_parameters()}, path / "adapter.safetensors")
+    weights = {name: p.detach().to(torch.bfloat16).contiguous() for name, p in adapter.named_parameters()}
+    save_file(weights, path / "adapter.new", metadata={"exit_layer": str(adapter.exit_layer)})
+    os.replace(path / "adapter.new", path / "adapter.safetensors")
     (path / "adapter.json").write_text(json.dumps({"exit_layer": adapter.exit_layer, **about}, indent=2) + "\n")
 
 
@@ -109,14 +118,16 @@ def load_adapter(path: str | Path, model: Llama) -> Adapter:
     """The adapter of a directory, in the model's type, on its device. CheckpointError, one line, when it is none or does not fit."""
     path = Path(path)
     try:
-        exit_layer = parse_object((path / "adapter.json").read_text(encoding="utf-8"), "adapter.json").get("exit_layer")
-        if type(exit_layer) is not int or not 1 <= exit_layer < model.config.n_layers:
-            raise CheckpointError(f"{path}/adapter.json: exit_layer must be from 1 to {model.config.n_layers - 1}, not {exit_layer!r:.40}")
+        with safe_open(path / "adapter.safetensors", framework="pt") as file:
+            said = (file.metadata() or {}).get("exit_layer", "")
+        exit_layer = int(said) if said.isdecimal() else 0
+        if not 1 <= exit_layer < model.config.n_layers:
+            raise CheckpointError(f"{path}/adapter.safetensors: its exit layer must be from 1 to {model.config.n_layers - 1}, not {said!r:.40}")
         weights = load_file(path / "adapter.safetensors")
         with torch.device("meta"):
             adapter = Adapter(model.config, exit_layer)
         adapter.load_state_dict(weights, assign=True)
-    except (OSError, UnicodeDecodeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"no adapter can be read in {path}: {' '.join(str(error).split())}") from None
     except RuntimeError:
         raise CheckpointError(f"the adapter in {path} was trained for a model of another shape") from None
@@ -127,6 +138,8 @@ def load_adapter(path: str | Path, model: Llama) -> Adapter:
 
 def train(args: argparse.Namespace) -> None:
     model, tokenizer, out = load_checkpoint(args.ckpt, torch.float32), Tokenizer(args.ckpt), Path(args.out)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
     if not 1 <= args.exit < model.config.n_layers:
         raise ValueError(f"--exit must be from 1 to {model.config.n_layers - 1}, not {args.exit}")
     for p in model.parameters():
@@ -136,8 +149,10 @@ def train(args: argparse.Namespace) -> None:
     with torch.no_grad():
         adapter.norm.weight.copy_(model.model.norm.weight)  # starts as the plain exit, nearly
         adapter.self_attn.o_proj.weight.zero_()
-    out.mkdir(parents=True, exist_ok=True)
-    tokens, held_out = write_tokens(read_corpus(args.data), tokenizer, out)
+    (out / "tokens").mkdir(parents=True, exist_ok=True)
+    tokens, held_out = write_tokens(read_corpus(args.data), tokenizer, out / "tokens")
+    if min(len(tokens), len(held_out)) <= args.seq + 1:
+        raise ValueError(f"the data is too short: {len(tokens)} training and {len(held_out)} held-out tokens for --seq {args.seq}")
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     loss_of = torch.compile(train_step) if args.compile else train_step
     started, smooth = time.time(), None
@@ -186,7 +201,7 @@ def main() -> None:
         if min(args.steps, args.batch, args.seq) < 1 or not 0 < args.lr < math.inf:
             raise ValueError("--steps, --batch, --seq and --lr must be positive")
         train(args)
-    except (CheckpointError, ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"kangaroo.py: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2)
     except KeyboardInterrupt:

@@ -23,6 +23,8 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -322,6 +324,14 @@ class Run:
         layers = model.config.n_layers if model else args.layers
         self.recipe = recipe_of(args)
         exit_layers(self.recipe, layers)
+        if layers < 2:
+            raise ValueError("a model of one layer has no early exit to train")
+        shape = dict(dim=args.dim, hidden_dim=args.hidden_dim, n_layers=args.layers, n_heads=args.heads, n_kv_heads=args.kv_heads, head_dim=args.head_dim)
+        config = model.config if model else Config(vocab_size=args.vocab, max_len=args.max_len, tied=True, **shape)
+        if args.seq > config.max_len:
+            raise ValueError(f"--seq {args.seq} is longer than the model's context of {config.max_len}")
+        if (self.out / "model.safetensors").exists() and not (self.out / "data.json").exists():
+            raise ValueError(f"{self.out} holds a checkpoint that no run made here: choose another --out")
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             self.data = self.prepare_data()
@@ -332,20 +342,8 @@ class Run:
         if min(len(train_tokens), len(held_out)) <= args.seq + 1:
             raise ValueError(f"the data is too short: {len(train_tokens)} training and {len(held_out)} held-out tokens for --seq {args.seq}")
         if model is None:
-            c = Config(
-                vocab_size=tokenizer.vocab_size,
-                dim=args.dim,
-                hidden_dim=args.hidden_dim,
-                n_layers=args.layers,
-                n_heads=args.heads,
-                n_kv_heads=args.kv_heads,
-                head_dim=args.head_dim,
-                max_len=max(args.max_len, args.seq),
-                tied=True,
-                bos=tokenizer.bos,
-                eos=() if tokenizer.eos is None else (tokenizer.eos,),
-            )
-            model = Llama(c)
+            special = dict(bos=tokenizer.bos, eos=() if tokenizer.eos is None else (tokenizer.eos,))
+            model = Llama(replace(config, vocab_size=tokenizer.vocab_size, **special))
             initialise(model, args.seed)
         elif tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
@@ -360,6 +358,9 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
         self.step, self.steps = 0, args.steps
         self.resume()
+        record = self.out / "training.json"
+        if self.step and not (record.exists() and json.loads(record.read_text())["steps"] == self.step):
+            self.save_model()  # killed after the state was saved and before this was
 
     # ------------------------------------------------------------------------------------------------------------- data
 
@@ -375,6 +376,7 @@ class Run:
         log("reading the data")
         if self.args.init:
             for name in ("tokenizer.model", "tokenizer.json"):
+                (self.out / name).unlink(missing_ok=True)
                 if (Path(self.args.init) / name).is_file():
                     shutil.copyfile(Path(self.args.init) / name, self.out / name)
             tokenizer = Tokenizer(self.out)
@@ -455,19 +457,28 @@ class Run:
         states = sorted(self.out.glob("state-*"))
         if not states:
             return
-        found = parse_object((states[-1] / "run.json").read_text(), f"{states[-1]}/run.json")
-        differs = [k for k, v in self.settings().items() if found["settings"].get(k) != v]
+        try:
+            found = parse_object((states[-1] / "run.json").read_text(), f"{states[-1]}/run.json")
+            differs = [k for k, v in self.settings().items() if found["settings"].get(k) != v]
+            for shard in states[-1].glob("*.safetensors"):
+                with safe_open(shard, framework="pt"):  # checks header and size
+                    pass
+        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+            raise ValueError(f"{states[-1]} cannot be gone on from ({error}): remove it, or choose another --out") from None
         if self.args.minutes is None and found["steps"] != self.steps:
             differs.append("steps")
         if differs:
             raise ValueError(f"{self.out} holds a run with other settings ({', '.join(differs)}): use the same, or choose another --out")
         self.step, self.steps = found["step"], found["steps"]
-        dcp.load(self.tensors(), storage_reader=HuggingFaceStorageReader(str(states[-1])), no_dist=self.world == 1)
+        try:
+            dcp.load(self.tensors(), storage_reader=HuggingFaceStorageReader(str(states[-1])), no_dist=self.world == 1)
+        except CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise ValueError(f"{states[-1]} cannot be read ({cause}): remove it, or choose another --out") from None
         log(f"going on from step {self.step} of {self.steps}")
 
-    def save(self) -> None:
-        """The state, and the checkpoint in bfloat16 with what a reader needs to judge it and to make it again."""
-        self.save_state()
+    def save_model(self) -> None:
+        """The checkpoint in bfloat16, with what a reader needs to judge it and to make it again."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = {k.removeprefix("llama."): v for k, v in get_model_state_dict(self.objective, options=options).items()}
         if self.rank == 0:
@@ -552,10 +563,10 @@ class Run:
         begun, started, seen, shown = self.step, time.time(), 0, {}
         stopped = False
         while self.step < self.steps and not stopped:
-            if args.minutes and begun == 0 and self.step == 20:  # after compilation: turn the time into a number of steps
+            if self.steps >= ENDLESS and self.step == begun + 20:  # after compilation: turn the time into a number of steps
                 started, seen = time.time(), 0
-            if args.minutes and begun == 0 and self.step == 40:
-                self.steps = self.agree(41 + int(args.minutes * 60 / ((time.time() - started) / 20)))
+            if self.steps >= ENDLESS and self.step == begun + 40:
+                self.steps = self.agree(self.step + 1 + int(args.minutes * 60 / ((time.time() - started) / 20)))
             losses, norm = self.train_step()
             seen += args.batch * args.seq
             for exit, loss in losses.items():
@@ -570,7 +581,8 @@ class Run:
                 log(f"{head}{bar}  {rate:,.0f} tokens/s  {left:.0f} min left  loss {exits_shown}", end=end)
             stopped = self.agree(len(stop)) > 0
             if self.step % args.save_every == 0 or self.step == self.steps or stopped:
-                self.save()
+                self.save_state()
+                self.save_model()
         if stopped:
             log(f"\nstopped at step {self.step}; the same command goes on from there")
             raise SystemExit(130)
@@ -686,10 +698,10 @@ def check(args: argparse.Namespace) -> None:
     for name in ("steps", "batch", "accumulate", "seq", "save_every", "layers", "vocab", "warmup"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.minutes is not None and not args.minutes > 0:
+    if args.minutes is not None and not 0 < args.minutes < math.inf:
         raise ValueError(f"--minutes must be positive, not {args.minutes}")
-    if args.seq > args.max_len and not args.init:
-        raise ValueError(f"--seq {args.seq} is longer than the context of {args.max_len} (--max-len)")
+    if args.plot and find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
     if args.phase and args.recipe != "layerskip":
         raise ValueError(f"--phase is a setting of --recipe layerskip, not of {args.recipe}")
     recipe = recipe_of(args)
@@ -717,12 +729,13 @@ def main() -> None:
         if "RANK" in os.environ:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            patience = timedelta(days=1)  # while one process reads the data or evaluates
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
         Run(args).train()
     except KeyboardInterrupt:
         raise SystemExit(130)
     except (ValueError, OSError, SafetensorError) as error:
-        log(f"train.py: {' '.join(str(error).split())}")
+        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2)
     finally:
         if dist.is_initialized():

@@ -92,7 +92,13 @@ def main() -> None:
     for name, recipe in RECIPES.items():
         out = args.out / f"twin-{name.lower()}-{args.steps}"
         command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), "--steps", str(args.steps), *COMMON, *recipe]
-        if subprocess.run(command).returncode:
+        training = subprocess.Popen(command)
+        while training.poll() is None:
+            try:
+                training.wait()
+            except KeyboardInterrupt:  # reaches train.py too, which saves and stops
+                continue
+        if training.returncode:
             raise SystemExit(f"twins.py: training of {name} stopped; the same command goes on")
     for name in RECIPES:
         found[name] = measure(args.out / f"twin-{name.lower()}-{args.steps}", args.prompts, args.tokens, args.draft)

@@ -1,11 +1,11 @@
 """What drafters guess. That their guesses cannot change the text is test_exactness.py's law; here: that they guess well."""
 
-import json
 from functools import partial
 
 import pytest
 import torch
 from helpers import tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
 
 import kangaroo
 from decode import Sampling, generate, new_cache, sublayers
@@ -182,8 +182,8 @@ def test_an_adapter_is_saved_and_loaded_and_bad_ones_are_one_line(tmp_path):
     with pytest.raises(CheckpointError, match="another shape"):
         kangaroo.load_adapter(tmp_path, tiny_model(tiny_config(dim=32)))
     for damage in (
-        lambda: (tmp_path / "adapter.json").write_text(json.dumps({"exit_layer": 4})),
-        lambda: (tmp_path / "adapter.json").write_text("{"),
+        lambda: save_file(load_file(tmp_path / "adapter.safetensors"), tmp_path / "adapter.safetensors", metadata={"exit_layer": "4"}),
+        lambda: save_file(load_file(tmp_path / "adapter.safetensors"), tmp_path / "adapter.safetensors"),
         lambda: (kangaroo.save_adapter(adapter, tmp_path, {}), (tmp_path / "adapter.safetensors").write_bytes(b"12345678901")),
         lambda: (tmp_path / "adapter.safetensors").unlink(),
         lambda: (adapter.norm.weight.data.fill_(float("nan")), kangaroo.save_adapter(adapter, tmp_path, {})),

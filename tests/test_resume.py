@@ -146,6 +146,34 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(whole, tmp_p
     same_bits(run, whole[0])
 
 
+def test_a_run_that_was_killed_before_its_last_checkpoint_writes_it(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    for name in ("model.safetensors", "training.json"):
+        (run / name).unlink()
+    finish(start(run, whole[1]))
+    assert json.loads((run / "training.json").read_text())["steps"] == STEPS
+    same_bits(run, whole[0])
+
+
+@pytest.mark.parametrize("damage", ["cut", "no settings", "gone"])
+def test_a_state_that_cannot_be_read_is_one_line(whole, tmp_path, damage):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    (folder,) = run.glob("state-*")
+    (shard,) = folder.glob("*.safetensors")
+    if damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:5000])
+    elif damage == "gone":
+        shard.unlink()
+    else:
+        (folder / "run.json").write_text("{}")
+    process = start(run, whole[1])
+    process.join(60)
+    said = run.with_suffix(".0.log").read_text()
+    assert process.exitcode == 2 and said.splitlines()[-1].startswith("train.py: ") and folder.name in said and "Traceback" not in said
+
+
 def test_two_processes_stop_together(whole, tmp_path):
     """Ctrl-C reaches one of them alone."""
     run = prepared(whole[0], tmp_path / "run")

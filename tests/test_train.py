@@ -244,7 +244,7 @@ def test_text_and_directories_stream_in_as_documents(tmp_path):
     (tmp_path / "long.txt").write_text("a line of text\n" * 20_000)
     documents = list(data.read_corpus([str(tmp_path / "a"), str(tmp_path / "long.txt")]))
     assert documents[0] == data.Document("a/x.md", "directory text")
-    assert len(documents) > 4 and "".join(d.text for d in documents[1:]) == "a line of text\n" * 20_000
+    assert len(documents) > 4 and any(d.held_out for d in documents[1:]) and "".join(d.text for d in documents[1:]) == "a line of text\n" * 20_000
 
 
 @pytest.mark.parametrize("bad, text", [("none.txt", None), ("a.txt", b"\xff\xfe"), ("a.jsonl", b'{"text": 3}\n'), ("a.jsonl", b"no json\n"), ("a.jsonl", b'{"prompt": "a"}\n')])
@@ -339,10 +339,36 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_last_state(tmp_path, m
     assert all(p.isfinite().all() for p in load_checkpoint(tmp_path).parameters())
 
 
+def test_a_checkpoint_that_no_run_made_is_not_written_over(tmp_path, monkeypatch, capsys):
+    (tmp_path / "model.safetensors").write_bytes(b"somebody's")
+    with pytest.raises(SystemExit) as stop:
+        run_train(monkeypatch, tmp_path, "--data", "tests", *SHAPE)
+    assert stop.value.code == 2 and "choose another --out" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_time_budget_survives_an_early_stop(tmp_path, monkeypatch):
+    """Stopped before the budget was turned into steps, a run works it out when it goes on."""
+    common = ["--data", "tests", "--minutes", "0.01", "--batch", "2", "--seq", "32", "--save-every", "10", *SHAPE]
+    whole = train.Run.train_step
+
+    def interrupted(run):
+        if run.step == 12:
+            raise ValueError("stopped here")
+        return whole(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "train_step", interrupted)
+        with pytest.raises(SystemExit):
+            run_train(patch, tmp_path, *common)
+    run_train(monkeypatch, tmp_path, *common)
+    assert 50 < json.loads((tmp_path / "training.json").read_text())["steps"] < 5000
+
+
 @pytest.mark.parametrize(
     "bad",
     ["--steps 0", "--exits 24", "--exits a", "--exits 0", "--p-max 1", "--rotation -1", "--seq 600", "--minutes -1", "--heads 3 --kv-heads 2",
-     "--e-scale nan", "--batch 3 --accumulate 2", "--lr 0", "--distill 2", "--seed -1", "--recipe lite --phase finetune", "--data no/such", "--init no/such"],
+     "--e-scale nan", "--batch 3 --accumulate 2", "--lr 0", "--distill 2", "--seed -1", "--recipe lite --phase finetune", "--layers 1", "--minutes inf", "--head-dim 63", "--data no/such", "--init no/such"],
 )  # fmt: skip
 def test_bad_training_settings_are_one_line_and_write_no_checkpoint(tmp_path, monkeypatch, capsys, bad):
     tokens = tokens_of(tmp_path, [0] * 9999)
