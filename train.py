@@ -8,8 +8,9 @@
     python train.py --out runs/mine --init DIR --data pairs.jsonl --phase finetune
     torchrun --nproc-per-node 8 train.py --out runs/mine                      sharded over 8 processes
 
-The same command goes on where a stopped or killed run left off, and ends with the same weights to the bit. Every random
-number is a pure function of (seed, step), so the state of a run is its weights, its optimiser and a step.
+The same command goes on where a stopped or killed run left off, and ends with the same weights to the bit (CPU,
+--no-compile: compiled kernels depend on which batch of a process skips samples first). Every random number is a pure
+function of (seed, step), so the state of a run is its weights, its optimiser and a step.
 """
 
 import argparse
