@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test parity mutants soak clean
+.PHONY: demo test parity mutants soak twins clean
 
 demo: .venv/ready        ## a streamed completion, and the proof that it is the full model's, faster
 	$(RUN) decode.py --compare
@@ -20,6 +20,9 @@ mutants: .venv/ready     ## plants faults in a copy of the code; each must turn 
 
 soak: .venv/ready        ## 200,000 tokens, drafted and plain, token by token (about half an hour)
 	$(RUN) tests/soak.py
+
+twins: .venv/ready       ## trains a plain and a LayerSkip model alike and compares them (about an hour); goes on where it stopped
+	$(RUN) docs/twins.py
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
