@@ -154,7 +154,6 @@ def train(args: argparse.Namespace) -> None:
     if min(len(tokens), len(held_out)) <= args.seq + 1:
         raise ValueError(f"the data is too short: {len(tokens)} training and {len(held_out)} held-out tokens for --seq {args.seq}")
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    loss_of = torch.compile(train_step) if args.compile else train_step
     started, smooth = time.time(), None
     for step in range(args.steps):
         share = step / args.steps
@@ -162,7 +161,7 @@ def train(args: argparse.Namespace) -> None:
             group["lr"] = args.lr * min(1, (step + 1) / 50) * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
         x, _ = tokens.crops(args.batch, args.seq, args.seed, step)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(model, adapter, x)
+            loss = train_step(model, adapter, x)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
@@ -195,7 +194,6 @@ def main() -> None:
     p.add_argument("--seq", type=int, default=256)
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile of the step")
     args = p.parse_args()
     try:
         if min(args.steps, args.batch, args.seq) < 1 or not 0 < args.lr < math.inf:
