@@ -33,7 +33,7 @@ from torch import Tensor
 from cache import KVQCache
 from drafters import AutoExit, Drafter, EarlyExit, Jacobi, Pick, PromptLookup, SkipLayers, TwoModels
 from kangaroo import ETA, Kangaroo, load_adapter
-from model import MAX_ROWS, CheckpointError, Config, Llama, load_checkpoint, parse_object, prefill
+from model import MAX_ROWS, CheckpointError, Config, Llama, auto_dtype, load_checkpoint, parse_object, prefill
 from tokenizer import Stream, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,13 +345,6 @@ class Show:
     def _print(self, text: str, colour: str) -> None:
         if text:
             print(f"{colour}{text}{self.PLAIN}" if self.colour else text, end="", flush=True)
-
-
-def auto_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 def generation_defaults(ckpt: Path) -> dict:

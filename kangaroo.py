@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cache import KVQCache
 from data import read_corpus, write_tokens
 from drafters import Drafter
-from model import PREFILL_ROWS, Attention, CachedAttention, CheckpointError, Config, Llama, RMSNorm, RowLinear, batch_attention, load_checkpoint
+from model import PREFILL_ROWS, Attention, CachedAttention, CheckpointError, Config, Llama, RMSNorm, RowLinear, auto_dtype, batch_attention, load_checkpoint
 from tokenizer import Tokenizer
 
 ETA = 0.6  # drafting stops at or below this confidence (section 3.2)
@@ -154,13 +154,13 @@ def train(args: argparse.Namespace) -> None:
     if min(len(tokens), len(held_out)) <= args.seq + 1:
         raise ValueError(f"the data is too short: {len(tokens)} training and {len(held_out)} held-out tokens for --seq {args.seq}")
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    started, smooth = time.time(), None
+    started, smooth, bf16 = time.time(), None, auto_dtype(model.device) == torch.bfloat16
     for step in range(args.steps):
         share = step / args.steps
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 50) * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
         x, _ = tokens.crops(args.batch, args.seq, args.seed, step)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = train_step(model, adapter, x)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
@@ -173,7 +173,7 @@ def train(args: argparse.Namespace) -> None:
             left = (time.time() - started) / (step + 1) * (args.steps - step - 1) / 60
             end = "" if sys.stderr.isatty() else "\n"
             print(f"\r{'#' * (20 * (step + 1) // args.steps):20} {step + 1}/{args.steps}  loss {smooth:.3f}  {left:.0f} min left", end=end, file=sys.stderr, flush=True)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         losses = [train_step(model, adapter, held_out.crops(args.batch, args.seq, 0, step)[0]).item() for step in range(8)]
     parameters = sum(p.numel() for p in adapter.parameters())
     about = {"ckpt": str(args.ckpt), "steps": args.steps, "tokens": args.steps * args.batch * args.seq, "parameters": parameters}

@@ -41,6 +41,13 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used, in one line: what is wrong and what to do."""
 
 
+def auto_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 

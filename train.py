@@ -42,7 +42,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from data import IGNORED, Tokens, read_corpus, train_tokenizer, write_tokens
-from model import Config, Llama, batch_attention, load_checkpoint, parse_object, save_checkpoint
+from model import Config, Llama, auto_dtype, batch_attention, load_checkpoint, parse_object, save_checkpoint
 from tokenizer import Tokenizer
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves and loads without it
@@ -321,6 +321,8 @@ class Run:
         if (args.batch % self.world) or (args.batch // self.world) % args.accumulate:
             raise ValueError(f"--batch {args.batch} does not divide into {self.world} processes x {args.accumulate} parts (--accumulate)")
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+        if args.bf16 is None:  # without the hardware it is 30 times slower than float32
+            args.bf16 = auto_dtype(self.device) == torch.bfloat16
         model = load_checkpoint(args.init, torch.float32).train() if args.init else None
         layers = model.config.n_layers if model else args.layers
         self.recipe = recipe_of(args)
@@ -486,9 +488,9 @@ class Run:
             _, held_out, tokenizer = self.data
             stored = Llama(self.config).to(torch.bfloat16)
             stored.load_state_dict(weights)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
-                found = evaluate(stored, held_out, self.args.seq)
             save_checkpoint(stored, self.out)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
+                found = evaluate(stored.float(), held_out, self.args.seq)  # the stored weights, in products that are fast here
             record = {
                 "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
                 "recipe": asdict(self.recipe),
@@ -688,7 +690,7 @@ def parser() -> argparse.ArgumentParser:
     shape.add_argument("--vocab", type=int, default=2048)
     shape.add_argument("--max-len", type=int, default=512, help="context length")
     engine = p.add_argument_group("engine")
-    engine.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 matrix products")
+    engine.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 matrix products (default: where the hardware has them)")
     engine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=shutil.which("c++") is not None, help="torch.compile of layers and loss")
     engine.add_argument("--recompute", action="store_true", help="activation checkpointing: keep only layer inputs, run layers again backward")
     return p
