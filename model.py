@@ -442,8 +442,12 @@ class Attention(nn.Module):
         q, k = rotate(qk, cos, sin).split((n_heads, n_kv_heads), -2)
         return q, k, v
 
+    def output(self, mixed: Tensor) -> Tensor:
+        """What the heads found, (..., T, H, hd), as (..., T, dim)."""
+        return (self.out or self.o_proj)(mixed.flatten(-2))
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        return (self.out or self.o_proj)(attend(*self.project(x, cos, sin)).flatten(-2))
+        return self.output(attend(*self.project(x, cos, sin)))
 
 
 def row_silu(gate: Tensor) -> Tensor:
@@ -484,7 +488,15 @@ class Layer(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, attend=batch_attention) -> Tensor:
-        h = h + self.self_attn(self.input_layernorm(h), cos, sin, attend)
+        return self.after(h, attend(*self.before(h, cos, sin)))
+
+    def before(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention needs of h: queries, keys and values. With `after`, all of a layer in which rows do not meet."""
+        return self.self_attn.project(self.input_layernorm(h), cos, sin)
+
+    def after(self, h: Tensor, mixed: Tensor) -> Tensor:
+        """The rest, from what attention found, mixed (..., T, H, hd)."""
+        h = h + self.self_attn.output(mixed)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 

@@ -8,9 +8,8 @@
     python train.py --out runs/mine --init DIR --data pairs.jsonl --phase finetune
     torchrun --nproc-per-node 8 train.py --out runs/mine                      sharded over 8 processes
 
-The same command goes on where a stopped or killed run left off, and ends with the same weights to the bit (CPU,
---no-compile: compiled kernels depend on which batch of a process skips samples first). Every random number is a pure
-function of (seed, step), so the state of a run is its weights, its optimiser and a step.
+The same command goes on where a stopped or killed run left off, and ends with the same weights to the bit (CPU). Every
+random number is a pure function of (seed, step), so the state of a run is its weights, its optimiser and a step.
 """
 
 import argparse
@@ -240,7 +239,7 @@ class Objective(nn.Module):
 
     def __init__(self, llama: Llama, compile: bool = False, recompute: bool = False):
         super().__init__()
-        self.llama, self.recompute, self.sharded = llama, recompute, False
+        self.llama, self.recompute, self.sharded, self.varies = llama, recompute, False, False
         self.cross_entropy = torch.compile(cross_entropy) if compile else cross_entropy
         if compile:
             for layer in llama.model.layers:
@@ -263,6 +262,8 @@ class Objective(nn.Module):
         h = model.embed(tokens).float()
 
         def run(layer, *x):
+            if self.varies:  # one graph for any number of samples, see Run.rehearse
+                torch._dynamo.maybe_mark_dynamic(x[0], 0)
             return checkpoint(layer, *x, train_attention, use_reentrant=False) if self.recompute else layer(*x, train_attention)
 
         for l, layer in enumerate(model.model.layers):
@@ -556,6 +557,21 @@ class Run:
         self.step += 1
         return dict(zip(sorted(weights), (sums / counted).tolist())), norm
 
+    def rehearse(self) -> None:
+        """Compiles what this run needs, on a batch that skips nothing, and trains nothing.
+
+        A compiler looks at the sizes that it meets first. A process that goes on with a run may first meet a batch of which a
+        layer skips some samples; with graphs made for it the run would end with other bits than one that was not stopped.
+        """
+        args, layers = self.args, self.config.n_layers
+        self.objective.varies = self.recipe.p_max > 0 and self.recipe.dropout_unit == "sample"
+        shape = (args.batch // self.world // args.accumulate, args.seq)
+        tokens, kept = torch.zeros(shape, dtype=torch.long, device=self.device), np.ones((layers, shape[0]), dtype=bool)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
+            total, _ = self.objective(tokens, tokens, kept, kept.any(1), [1.0] * layers, {layers: 1.0}, False)
+        total.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def train(self) -> None:
         """The loop, with progress, saves, and a stop that Ctrl-C asks for."""
         args, stop = self.args, []
@@ -565,6 +581,8 @@ class Run:
         log(f"{count / 1e6:.1f}M parameters, {len(self.data[0]) / 1e6:.2f}M training tokens, {len(self.data[1]) / 1e6:.2f}M held out")
         begun, started, seen, shown = self.step, time.time(), 0, {}
         stopped = False
+        if args.compile and self.step < self.steps:
+            self.rehearse()
         while self.step < self.steps and not stopped:
             if self.steps >= ENDLESS and self.step == begun + 20:  # after compilation: turn the time into a number of steps
                 started, seen = time.time(), 0

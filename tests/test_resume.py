@@ -146,6 +146,19 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(whole, tmp_p
     same_bits(run, whole[0])
 
 
+def test_a_compiled_run_that_is_stopped_ends_with_the_same_bits(whole, tmp_path):
+    """Stopped before steps whose batches skip samples from the first layer that may on: other sizes than a run begins with."""
+    one, other = prepared(whole[0], tmp_path / "one"), prepared(whole[0], tmp_path / "other")
+    compiled = dict(extra=("--compile",), environment={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "graphs")})
+    finish(start(one, whole[1], **compiled))
+    while not list(other.glob(f"state-{STEPS:08d}")):
+        process, begun = start(other, whole[1], **compiled), len(losses(other)) if (other / "metrics.jsonl").exists() else 0
+        wait_for(lambda: (other / "metrics.jsonl").exists() and (other / "metrics.jsonl").read_text().count("losses") > begun + 4, process, 120)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(120)
+    same_bits(one, other)
+
+
 def test_a_run_that_was_killed_before_its_last_checkpoint_writes_it(whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
