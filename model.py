@@ -21,9 +21,12 @@ import json
 import math
 import os
 import re
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -281,8 +284,11 @@ class RowLinear:
     """
 
     probed: dict[tuple, int] = {}
+    numbers, made = count(), WeakValueDictionary()  # what compiled code calls by number
 
     def __init__(self, *layers: nn.Linear, exact: bool = True):
+        number = next(self.numbers)
+        self.number, self.made[number] = torch.tensor(number), self
         weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
         weight = weight.detach()
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
@@ -301,6 +307,8 @@ class RowLinear:
         self.min_rows = self.probed[key] if exact else 1
 
     def __call__(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # a compiler cannot look into packed weights: it calls this object by its number
+            return torch.ops.layerskip.row_linear(x, self.number, self.shape[0])
         short = self.min_rows - x.shape[0]
         if x.dim() > 2 or x.shape[0] > MAX_ROWS:
             return self.product(x)
@@ -309,6 +317,12 @@ class RowLinear:
         if short <= 0:
             return self.product(x)
         return self.product(F.pad(x, (0, 0, 0, short)))[: x.shape[0]]
+
+
+_library = torch.library.Library("layerskip", "DEF")
+_library.define("row_linear(Tensor x, Tensor number, int out_features) -> Tensor")
+_library.impl("row_linear", lambda x, number, out_features: RowLinear.made[int(number)](x), "CompositeExplicitAutograd")
+_library.impl("row_linear", lambda x, number, out_features: x.new_empty(x.shape[0], out_features), "Meta")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,7 +403,7 @@ class CachedAttention:
             q = q.permute(1, 2, 0, 3).reshape(1, groups, -1, head_dim)  # heads that share keys: more query rows
             mask = self.mask.repeat(heads // groups, 1)
             out = F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=mask)
-            return out.view(groups, heads // groups, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, heads, head_dim)
+            return out.view(heads, rows, head_dim).transpose(0, 1).contiguous()
         q = F.pad(q, (0, 0, 0, -q.shape[2] % 8)).contiguous()
         out = []
         for first, last, view, mask in self.slices:
@@ -456,7 +470,7 @@ def row_silu(gate: Tensor) -> Tensor:
     PyTorch's vector loops end in a scalar tail that rounds differently. Over strided rows each row has its own tail,
     always at its end; but from 32768 elements on the range is cut between threads wherever it falls, so rows go singly.
     """
-    if gate.dim() == 2 and gate.shape[0] <= MAX_ROWS and gate.numel() >= 32768:
+    if not torch.compiler.is_compiling() and gate.dim() == 2 and gate.shape[0] <= MAX_ROWS and gate.numel() >= 32768:
         return torch.stack([F.silu(row) for row in gate])
     return F.silu(gate)
 
@@ -525,13 +539,14 @@ class Llama(nn.Module):
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
-    def pack(self, exact: bool = True) -> "Llama":
+    def pack(self, exact: bool = True, compile: bool = False) -> "Llama":
         """Turns the model, in place, into one that only decodes: fused and packed products, and the promise `exact`.
 
         The plain weights are let go as their packed copies are made, so memory holds one set, and the model no longer
         trains or saves. exact=True: decoding passes give a row the same bits whatever else is in the pass. exact=False
         takes the fastest products and attention for the row count at hand; speculative text may then differ from
-        plain text where two tokens nearly tie. Returns the model; a second call does nothing.
+        plain text where two tokens nearly tie. compile=True: see `compile_layers`. Returns the model; a second call does
+        nothing.
         """
         if self.head is not None:
             return self
@@ -542,7 +557,36 @@ class Llama(nn.Module):
             del a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj
         self.head, self.exact = RowLinear(self.lm_head, exact=exact), exact
         del self.lm_head
+        if compile:
+            self.compile_layers()
         return self
+
+    @torch.inference_mode()
+    def compile_layers(self) -> None:
+        """torch.compile of the two halves of a layer (before and after attention): the same two graphs serve every layer and
+        every pass, one for a single row and one for several, so that speculative and plain decoding run the same code.
+
+        That rows do not meet in what the compiler made is tried, as in safe_rows: all counts of rows, in several places.
+        Raises ValueError where they do, or where there is no compiler.
+        """
+        if self.device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("c++")):
+            raise ValueError("--compile needs a C++ compiler, and there is none called c++")
+        for layer in self.model.layers:
+            layer.before, layer.after = (torch.compile(half, fullgraph=True, dynamic=True) for half in (layer.before, layer.after))
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(MAX_ROWS, self.config.dim, generator=generator).to(self.device, self.dtype)
+        tables = self.rotary(0, MAX_ROWS)
+
+        def halves(first: int, rows: int) -> list[Tensor]:
+            h, cos, sin = (t[first : first + rows] for t in (x, *tables))
+            q, k, v = self.model.layers[0].before(h, cos, sin)
+            return [q, k, v, self.model.layers[0].after(h, q)]
+
+        whole = halves(0, MAX_ROWS)
+        for rows in range(1, MAX_ROWS) if self.exact else (1,):
+            for first in {0, 1, MAX_ROWS - rows}:
+                if self.exact and not all(torch.equal(a, b[first : first + rows]) for a, b in zip(halves(first, rows), whole)):
+                    raise ValueError("compiled layers do not keep the rows of a pass apart on this machine: leave out --compile, or add --no-exact")
 
     def rotary(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
         """cos and sin (rows, 1, head_dim) for positions from `start`, in the model's dtype, from a table that grows."""
