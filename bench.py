@@ -423,9 +423,9 @@ def file_prompts(file: Path, tokenizer: Tokenizer) -> list[list[int]]:
     found = [part.strip("\n") for part in re.split(r"\n[ \t]*\n", text)]
     if file.suffix == ".jsonl":
         try:
-            found = [json.loads(line)["prompt"] for line in text.splitlines() if line.strip()]
+            found = [json.loads(line)["prompt"] + "" for line in text.split("\n") if line.strip()]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f'{file}: not every line is a JSON object with "prompt"') from None
+            raise ValueError(f'{file}: not every line is a JSON object with a string "prompt"') from None
     prompts = [tokenizer.encode(one) for one in found if one]
     if not prompts:
         raise ValueError(f"{file} holds no prompt")
