@@ -39,7 +39,7 @@ import torch
 
 from bench_engine import SHAPES, alternate, bar, decode_all, described, drafting, dtype_of, exactness, ideal, memory, profile, progress, roofline, scale, table
 from data import held_out_prompts, read_files, stdlib_files
-from decode import DEFAULT_CKPT, DTYPES, Run, drafting_defaults, generate, generation_defaults, gumbel
+from decode import DEFAULT_CKPT, DTYPES, Run, drafting_defaults, generation_defaults, gumbel
 from drafters import AutoExit, Drafter, EarlyExit, Jacobi, PromptLookup, SkipLayers, TwoModels, search_skips
 from kangaroo import Kangaroo, load_adapter
 from model import MAX_ROWS, CheckpointError, load_checkpoint

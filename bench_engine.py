@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -20,7 +21,7 @@ from torch.autograd.profiler import profile as profiler
 
 import decode
 import model as llama
-from cache import KVQCache
+from cache import VIEW, KVQCache
 from decode import DTYPES, Run, Sampling, auto_dtype, drafting_defaults, generate, generation_defaults, gumbel, new_cache, next_token, run, verify
 from drafters import EarlyExit
 from model import MAX_ROWS, MLP, CachedAttention, Config, Llama, RMSNorm, RowLinear, load_checkpoint
@@ -304,53 +305,55 @@ def ideal(args, tokenizer, prompts) -> dict:
 
     Only rounds of a full draft count, and prefill does not. The costs are medians of passes timed alone, in the same run.
     """
-    sampling, report = Sampling(1.0), {}
-    for shape in args.shape or ["1b"]:
-        model = load(args, shape, dtype_of(args))
-        s = drafting(args, {"num_assistant_tokens": 4, "assistant_confidence_threshold": 0.0}, model.config)
-        exit_layer, draft_len = s["exit_layer"], s["draft_len"]
-        damped, shown = Damped(model, exit_layer), []
+    return {shape: ideal_of(args, shape, prompts) for shape in args.shape or ["1b"]}
 
-        def drafted(texts, note: str) -> tuple[Run, list]:
-            """A run, and its rounds of a full draft."""
-            r = decode_all(damped.model, texts, args.tokens, note, exit_layer=exit_layer, draft_len=draft_len, sampling=sampling)
-            return r, [one for one in r.rounds if len(one.drafted) == draft_len]
 
-        def acceptance(damping: float) -> float:
-            damped.damp(damping)
-            return accepted_each(drafted(prompts[:2], f"{shape}, acceptance {target}: damping {damping:g},")[1])
+def ideal_of(args, shape: str, prompts: list[list[int]]) -> dict:
+    """`ideal` for one shape."""
+    model = load(args, shape, dtype_of(args))
+    s = drafting(args, {"num_assistant_tokens": 4, "assistant_confidence_threshold": 0.0}, model.config)
+    exit_layer, draft_len, sampling = s["exit_layer"], s["draft_len"], Sampling(1.0)
+    damped, report, shown = Damped(model, exit_layer), {}, []
 
-        for target in args.alphas:
-            damping = find_damping(acceptance, target)
-            damped.damp(damping)
-            costs, plain_speeds, speeds = [], [], []
-            for turn in range(args.runs):
-                note = f"{bar(turn, args.runs)} {shape}, acceptance {target}:"
-                costs.append(median_seconds(passes(model, len(prompts[0]) + args.tokens // 2, exit_layer, draft_len, sampling), 5))
-                plain = decode_all(model, prompts, args.tokens, note + " plain,", sampling=sampling)
-                plain_speeds.append(len(plain.ids) / sum(r.verify_seconds for r in plain.rounds))
-                whole_run, rounds = drafted(prompts, note + " drafted,")
-                assert whole_run.ids == plain.ids, "the drafted text is not the full model's"
-                speeds.append(sum(len(r.emitted) for r in rounds) / sum(r.draft_seconds + r.verify_seconds for r in rounds))
-            cost = {kind: statistics.median(c[kind] / c["plain"] for c in costs) for kind in ("draft", "row", "verify")}
-            alpha, measured = accepted_each(rounds), statistics.median(speeds) / statistics.median(plain_speeds)
-            best = ideal_speedup(alpha, draft_len, cost["draft"], cost["verify"])
-            whole = ideal_speedup(alpha, draft_len, cost["draft"], cost["verify"], cost["row"])
-            emitted, accepted = (statistics.mean(v) for v in ([len(r.emitted) for r in rounds], [r.accepted / draft_len for r in rounds]))
-            found = dict(damping=damping, alpha=alpha, accepted=accepted, tokens_per_round=emitted, expected=expected_tokens(alpha, draft_len))
-            found.update(cost=cost, measured=measured, ideal=best, ideal_with_row=whole, distinct=len(set(plain.ids)) / len(plain.ids))
-            report[f"{shape}, {target}"] = found
-            shown.append(
-                [target, f"{damping:.4g}", f"{alpha:.3f}", f"{accepted:.0%}", f"{emitted:.2f} ({found['expected']:.2f})", f"{cost['draft']:.3f}", f"{cost['verify']:.3f}"]
-                + [f"{measured:.2f}", f"{best:.2f}", f"{measured / best:.0%}", f"{whole:.2f}", f"{measured / whole:.0%}", f"{found['distinct']:.0%}"]
-            )
-        print(f"{shape}, random weights, {model.dtype}, exit {exit_layer} of {model.config.n_layers}, draft {draft_len}, {len(prompts)} prompts x {args.tokens} tokens, medians of {args.runs} runs\n")
-        table(["wanted", "damping", "alpha", "accepted", "tokens per round (expected)", "c_draft", "c_verify", "measured", "ideal", "of it", "with the last row", "of it", "distinct tokens"], shown)
-        print(
-            f"\nalpha: a guess is accepted, once those before it were. accepted: of all {draft_len} guesses. Costs in plain steps. ideal = (1 + alpha + ... + alpha^{draft_len}) / "
-            f"({draft_len} c_draft + c_verify).\nWith the last row: the engine runs {draft_len + 1} draft rows, as the verifier starts at layer {exit_layer} for the last guess too; its row costs {cost['row']:.3f}.\n"
-        )
-        del model, damped
+    def drafted(texts, note: str) -> tuple[Run, list]:
+        """A run, and its rounds of a full draft."""
+        r = decode_all(model, texts, args.tokens, note, exit_layer=exit_layer, draft_len=draft_len, sampling=sampling)
+        return r, [one for one in r.rounds if len(one.drafted) == draft_len]
+
+    def acceptance(damping: float) -> float:
+        damped.damp(damping)
+        return accepted_each(drafted(prompts[:2], f"{shape}, acceptance {target}: damping {damping:g},")[1])
+
+    for target in args.alphas:
+        damping = find_damping(acceptance, target)
+        damped.damp(damping)
+        costs, plain_speeds, speeds = [], [], []
+        for turn in range(args.runs):
+            note = f"{bar(turn, args.runs)} {shape}, acceptance {target}:"
+            costs.append(median_seconds(passes(model, len(prompts[0]) + args.tokens // 2, exit_layer, draft_len, sampling), 5))
+            plain = decode_all(model, prompts, args.tokens, note + " plain,", sampling=sampling)
+            plain_speeds.append(len(plain.ids) / sum(r.verify_seconds for r in plain.rounds))
+            whole, rounds = drafted(prompts, note + " drafted,")
+            assert whole.ids == plain.ids, "the drafted text is not the full model's"
+            speeds.append(sum(len(r.emitted) for r in rounds) / sum(r.draft_seconds + r.verify_seconds for r in rounds))
+        cost = {kind: statistics.median(c[kind] / c["plain"] for c in costs) for kind in ("draft", "row", "verify")}
+        alpha, measured = accepted_each(rounds), statistics.median(speeds) / statistics.median(plain_speeds)
+        best = ideal_speedup(alpha, draft_len, cost["draft"], cost["verify"])
+        with_row = ideal_speedup(alpha, draft_len, cost["draft"], cost["verify"], cost["row"])
+        emitted, expected = statistics.mean(len(r.emitted) for r in rounds), expected_tokens(alpha, draft_len)
+        accepted, distinct = statistics.mean(r.accepted / draft_len for r in rounds), len(set(plain.ids)) / len(plain.ids)
+        report[str(target)] = dict(
+            damping=damping, alpha=alpha, accepted=accepted, tokens_per_round=emitted, expected=expected, cost=cost,
+            measured=measured, ideal=best, ideal_with_row=with_row, distinct=distinct,
+        )  # fmt: skip
+        row = [target, f"{damping:.4g}", f"{alpha:.3f}", f"{accepted:.0%}", f"{emitted:.2f} ({expected:.2f})", f"{cost['draft']:.3f}", f"{cost['verify']:.3f}"]
+        shown.append(row + [f"{measured:.2f}", f"{best:.2f}", f"{measured / best:.0%}", f"{with_row:.2f}", f"{measured / with_row:.0%}", f"{distinct:.0%}"])
+    print(f"{shape}, random weights, {model.dtype}, exit {exit_layer} of {model.config.n_layers}, draft {draft_len}, {len(prompts)} prompts x {args.tokens} tokens, medians of {args.runs} runs\n")
+    table(["wanted", "damping", "alpha", "accepted", "tokens per round (expected)", "c_draft", "c_verify", "measured", "ideal", "of it", "with the last row", "of it", "distinct tokens"], shown)
+    print(
+        f"\nalpha: a guess is accepted, once those before it were. accepted: of all {draft_len} guesses. Costs in plain steps. ideal = (1 + alpha + ... + alpha^{draft_len}) / "
+        f"({draft_len} c_draft + c_verify).\nWith the last row: the engine runs {draft_len + 1} draft rows, as the verifier starts at layer {exit_layer} for the last guess too; its row costs {cost['row']:.3f}.\n"
+    )
     return report
 
 
@@ -457,34 +460,38 @@ def activation_bytes(c: Config, rows: int, view: int, logits: int, itemsize: int
     return itemsize * (rows * (view + 2 * c.dim) + max(4 * c.hidden_dim * rows, 2 * c.vocab_size * logits))
 
 
-def memory(args, tokenizer, prompts) -> dict:
-    """Peak of PyTorch's allocations above the weights, plain and drafted, against a formula: KVQCache.nbytes and one pass.
+def cache_bytes(c: Config, length: int, draft_len: int, itemsize: int) -> int:
+    """Keys and values of `length` positions, in whole views, and draft_len + 1 exit queries: what KVQCache.nbytes must be."""
+    return kv_bytes(c, c.n_layers, -(-length // VIEW) * VIEW, itemsize) + itemsize * (draft_len + 1) * c.dim
 
-    Drafting may add its d + 1 exit queries, and d rows to a pass: no more.
+
+def memory(args, tokenizer, prompts) -> dict:
+    """Peak of PyTorch's allocations above the weights, plain and drafted, against a formula: the cache and the widest pass.
+
+    Drafting may add its d + 1 exit queries and what a pass of d + 1 rows holds: no more.
     """
-    report, rows, verdicts = {}, [], []
+    report, rows, notes, verdicts = {}, [], [], []
+    prompt, end = prompts[0], len(prompts[0]) + args.tokens
     for name, model, s in targets(args):
-        c, size, prompt = model.config, model.dtype.itemsize, prompts[0]
-        draft_len, peaks, formulas = s["draft_len"], {}, {}
+        c, size, draft_len = model.config, model.dtype.itemsize, s["draft_len"]
         s["min_confidence"] = 0.0  # full drafts, the most that can be held
-        for kind, extra, d in (("plain", {}, 0), (f"drafted, d = {draft_len}", s, draft_len)):
-            decode_all(model, [prompt], args.tokens, f"{name}, {kind}:", **extra)  # the rotary table is made once and kept
-            cache = new_cache(c, len(prompt) + args.tokens, d, model.dtype, model.device)
-            end, padded = cache.max_len, max(d + 1, model.head.min_rows)
-            widest = max(activation_bytes(c, len(prompt) - 1, len(prompt) - 1, 0, size), activation_bytes(c, d + 1, end, padded, size))
-            formulas[kind] = cache.nbytes + widest
-            peaks[kind] = peak_bytes(lambda: decode_all(model, [prompt], args.tokens, **extra))
-            off = peaks[kind] / formulas[kind] - 1
-            rows.append([name, kind, f"{peaks[kind] / 1e6:.3f}", f"{formulas[kind] / 1e6:.3f}", f"{cache.nbytes / 1e6:.3f}", f"{widest / 1e6:.3f}", f"{off:+.1%}"])
+        peaks = []
+        for kind, d, settings in (("plain", 0, {}), (f"drafted, d = {draft_len}", draft_len, s)):
+            decode_all(model, [prompt], args.tokens, f"{name}, {kind}:", **settings)  # makes the rotary table, which stays
+            peaks.append(peak_bytes(partial(decode_all, model, [prompt], args.tokens, **settings)))
+            prefilled = activation_bytes(c, len(prompt) - 1, len(prompt) - 1, 0, size)
+            cache, widest = cache_bytes(c, end, d, size), max(prefilled, activation_bytes(c, d + 1, end, max(d + 1, model.head.min_rows), size))
+            off = peaks[-1] / (cache + widest) - 1
             verdicts.append(abs(off) <= 0.1)
-        (plain, drafted), allowed = peaks.values(), size * (draft_len + 1) * c.dim + activation_bytes(c, draft_len + 1, end, draft_len + 1, size)
-        verdicts.append(drafted - plain <= allowed)
-        report[name] = {"peak": peaks, "formula": formulas, "added": drafted - plain, "allowed": allowed}
-        print(f"{name}: drafting adds {(drafted - plain) / 1e3:.1f} kB to the peak; {draft_len + 1} exit queries and a pass of {draft_len + 1} rows are {allowed / 1e3:.1f} kB")
+            rows.append([name, kind, *(f"{v / 1e6:.3f}" for v in (peaks[-1], cache + widest, cache, widest)), f"{off:+.1%}"])
+            report[f"{name}, {kind}"] = {"peak": peaks[-1], "cache": cache, "widest_pass": widest}
+        added, allowed = peaks[1] - peaks[0], size * (draft_len + 1) * c.dim + activation_bytes(c, draft_len + 1, end, draft_len + 1, size)
+        verdicts.append(added <= allowed)
+        notes.append(f"{name}: drafting adds {added / 1e3:.1f} kB; {draft_len + 1} exit queries and a pass of {draft_len + 1} rows are {allowed / 1e3:.1f} kB")
         del model
-    print(f"\npeak of allocations above the weights, a prompt of {len(prompts[0])} and {args.tokens} new tokens, {dtype_of(args)}, MB\n")
+    print(f"peak of allocations above the weights, a prompt of {len(prompt)} and {args.tokens} new tokens, {dtype_of(args)}, MB\n")
     table(["model", "decoding", "peak", "formula", "its cache", "its widest pass", "difference"], rows)
-    print(f"\nwithin 10% of the formula, and drafting within its rows: {'yes' if all(verdicts) else 'NO'}")
+    print("\n" + "\n".join(notes) + f"\nwithin 10% of the formula, and drafting within its rows: {'yes' if all(verdicts) else 'NO'}")
     return report | {"within": all(verdicts)}
 
 

@@ -134,6 +134,7 @@ def test_bytes_that_must_be_read_are_those_of_the_tensors(tied):
     live = cache.keys[1:3, :, :77].numel() * 2 + cache.values[1:3, :, :77].numel() * 2
     assert (bench_engine.layer_bytes(c, 2, 2), bench_engine.head_bytes(c, 2), bench_engine.kv_bytes(c, 2, 77, 2)) == (weights, head, live)
     assert bench_engine.pass_bytes(c, 2, 77, 2) == weights + head + live
+    assert all(bench_engine.cache_bytes(c, n, 3, 2) == new_cache(c, n, 3, torch.bfloat16, "cpu").nbytes for n in (1, 64, 77, 128))
 
 
 def test_peak_of_memory_counts_what_lives_at_once(monkeypatch, capsys):
