@@ -8,71 +8,128 @@
     python bench.py peers       transformers on the same checkpoint, plain and assistant_early_exit (needs transformers)
     python bench.py train       training: this code's recipes against transformers' Llama in a plain loop (needs transformers)
 
+and of the engine itself (bench_engine.py), on the checkpoint or, with --shape 1b, on random weights of that shape:
+
+    python bench.py roofline    bytes that each pass must read, against the bandwidth of this machine
+    python bench.py ideal       speedup at set acceptances against the ideal one
+    python bench.py exactness   plain decoding with and without the promise of equal bits
+    python bench.py scale       time of a pass by context, model size and rows
+    python bench.py memory      peak of allocations, plain and drafted, against a formula
+    python bench.py profile     where a round's time goes
+
 Run on an idle machine. Text that is generated does not stop at EOS, so every run makes the same number of tokens.
 """
 
 import argparse
+import ast
+import csv
+import inspect
 import json
 import re
 import statistics
 import sys
 import tempfile
 import time
+import zlib
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 
+from bench_engine import SHAPES, alternate, bar, decode_all, described, drafting, dtype_of, exactness, ideal, memory, profile, progress, roofline, scale, table
 from data import held_out_prompts, read_files, stdlib_files
-from decode import DEFAULT_CKPT, DTYPES, Run, auto_dtype, drafting_defaults, generate, generation_defaults, gumbel, run
+from decode import DEFAULT_CKPT, DTYPES, Run, drafting_defaults, generation_defaults, gumbel
 from drafters import AutoExit, Drafter, EarlyExit, Jacobi, PromptLookup, SkipLayers, TwoModels, search_skips
 from kangaroo import Kangaroo, load_adapter
-from model import MAX_ROWS, CheckpointError, Llama, load_checkpoint
+from model import MAX_ROWS, CheckpointError, load_checkpoint
 from tokenizer import Tokenizer
 
-
-def decode_all(model: Llama, prompts: list[list[int]], count: int, note: str = "", **settings) -> Run:
-    """One generation of `count` tokens per prompt, as one Run."""
-    total = Run()
-    for done, prompt in enumerate(prompts):
-        progress(f"{note} prompt {done + 1}/{len(prompts)}")
-        one = run(generate(model, prompt, max_new_tokens=count, eos=(), **settings))
-        total = Run(total.ids + one.ids, total.rounds + one.rounds, total.seconds + one.seconds)
-    progress("")
-    return total
+CELL = ("exit_layer", "draft_len", "tokens_per_second", "plain_tokens_per_second", "speedup", "acceptance", "tokens_per_round", "identical")
 
 
-def progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
-def described(values: list[float]) -> dict:
-    """Median and spread of repeated measurements."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+def read_cells(file: Path, settings: dict) -> dict[tuple[int, int], dict]:
+    """Cells by (exit layer, draft length) of a sweep that wrote `file`; ValueError, one line, where its settings were others."""
+    if not file.exists():
+        return {}
+    with open(file, newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    for number, row in enumerate(rows, 2):
+        if None in (row.get(name) for name in (*settings, *CELL)):
+            raise ValueError(f"{file}, line {number}: not a whole cell of a sweep")
+        for name, value in settings.items():
+            if row[name] != str(value):
+                raise ValueError(f"{file} holds cells of {name} {row[name]}, not {value}: give --csv another file")
+    return {(int(row["exit_layer"]), int(row["draft_len"])): {name: ast.literal_eval(row[name]) for name in CELL} for row in rows}
 
 
 def sweep(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
-    """Tokens/s, acceptance and tokens per round over exit layer x draft length; one run a cell, a quarter of the prompts."""
-    prompts, exits, drafts = prompts[::4], args.exits or [1, 2, 3, 4, 6, 8], args.drafts or [2, 4, 6, 10, 15]
+    """Tokens/s, acceptance and tokens per round over exit layer x draft length; one run a cell.
+
+    With --csv each cell is written as it ends, and cells that the file already has are not measured again.
+    """
+    exits, drafts = args.exits or [1, 2, 3, 4, 6, 8], args.drafts or [2, 4, 6, 10, 15]
     confidence = 0.3 if args.min_confidence is None else args.min_confidence
-    model = load_checkpoint(args.ckpt, DTYPES.get(args.dtype) or auto_dtype(torch.device("cpu"))).pack()
-    decode_all(model, prompts[:1], 32)
-    plain = decode_all(model, prompts, args.tokens, "full model")
-    print(f"full model: {plain.tokens_per_second:.0f} tokens/s ({model.dtype}, {torch.get_num_threads()} threads)")
-    print("exit  draft  tokens/s  speedup  accepted  tokens/round")
-    cells = []
-    for exit_layer in exits:
-        for draft_len in drafts:
-            settings = dict(exit_layer=exit_layer, draft_len=draft_len, min_confidence=confidence)
-            r = decode_all(model, prompts, args.tokens, f"exit {exit_layer}, draft {draft_len}", **settings)
-            speedup, per_round = r.tokens_per_second / plain.tokens_per_second, len(r.ids) / len(r.rounds)
-            same = "" if r.ids == plain.ids else "   NOT identical to the full model"
-            print(f"{exit_layer:4}  {draft_len:5}  {r.tokens_per_second:8.0f}  {speedup:7.2f}  {r.acceptance or 0:8.1%}  {per_round:12.2f}{same}", flush=True)
-            cells.append({**settings, "tokens_per_second": r.tokens_per_second, "speedup": speedup, "acceptance": r.acceptance, "tokens_per_round": per_round})
-    best = max(cells, key=lambda c: c["speedup"])
-    print(f"best: --exit {best['exit_layer']} --draft {best['draft_len']} --min-confidence {confidence}, {best['speedup']:.2f} times the full model")
-    return {"plain_tokens_per_second": plain.tokens_per_second, "cells": cells}
+    model = load_checkpoint(args.ckpt, dtype_of(args))
+    weights, texts = (zlib.crc32(data) for data in (model.model.embed_tokens.weight.detach().view(torch.uint8).numpy(), str(prompts).encode()))
+    settings = {
+        "checkpoint": f"{args.ckpt.name} {weights:08x}", "prompts": f"{len(prompts)} {texts:08x}", "tokens": args.tokens,
+        "dtype": str(model.dtype), "confidence": confidence, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    cells = read_cells(args.csv, settings) if args.csv else {}
+    wanted = list(product(exits, drafts))
+    missing = [cell for cell in wanted if cell not in cells]
+    if missing:
+        model.pack()
+        decode_all(model, prompts[:1], 32)
+        plain = decode_all(model, prompts, args.tokens, "full model")
+    for done, (exit_layer, draft_len) in enumerate(missing):
+        note = f"{bar(done, len(missing))} exit {exit_layer}, draft {draft_len}:"
+        r = decode_all(model, prompts, args.tokens, note, exit_layer=exit_layer, draft_len=draft_len, min_confidence=confidence)
+        speeds = r.tokens_per_second, plain.tokens_per_second, r.tokens_per_second / plain.tokens_per_second
+        values = exit_layer, draft_len, *speeds, r.acceptance or 0.0, len(r.ids) / len(r.rounds), r.ids == plain.ids
+        cells[exit_layer, draft_len] = dict(zip(CELL, values))
+        if args.csv:
+            new = not args.csv.exists()
+            with open(args.csv, "a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([[*settings, *CELL]] * new + [[*settings.values(), *values]])
+    shown = [cells[cell] for cell in wanted]
+    print(", ".join(f"{name} {value}" for name, value in settings.items()) + "\n")
+    table(
+        ["exit", "draft", "tokens/s", "speedup", "accepted", "tokens per round", "identical"],
+        [[c["exit_layer"], c["draft_len"], f"{c['tokens_per_second']:.0f}", f"{c['speedup']:.2f}", f"{c['acceptance']:.1%}", f"{c['tokens_per_round']:.2f}", "yes" if c["identical"] else "NO"] for c in shown],
+    )
+    best = max(shown, key=lambda c: c["speedup"])
+    print(f"\nbest: --exit {best['exit_layer']} --draft {best['draft_len']} --min-confidence {confidence}, {best['speedup']:.2f} times the full model's {best['plain_tokens_per_second']:.0f} tokens/s")
+    if args.png:
+        draw(args.png, exits, drafts, cells, best)
+    return {"settings": settings, "cells": shown}
+
+
+def draw(file: Path, exits: list[int], drafts: list[int], cells: dict, best: dict) -> None:
+    """Heat map of speedups. Transparent around the cells, with grey words that are read on white and on black."""
+    import matplotlib  # only here
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    grey, speeds = "#808080", [[cells[e, d]["speedup"] for d in drafts] for e in exits]
+    figure, axis = pyplot.subplots(figsize=(1.6 + 1.1 * len(drafts), 1.2 + 0.62 * len(exits)), layout="constrained")
+    picture = axis.imshow(speeds, cmap="viridis", aspect="auto")
+    for y, row in enumerate(speeds):
+        for x, speed in enumerate(row):
+            axis.text(x, y, f"{speed:.2f}", ha="center", va="center", fontsize=14, color="black" if picture.norm(speed) > 0.55 else "white")
+    place = drafts.index(best["draft_len"]) - 0.5, exits.index(best["exit_layer"]) - 0.5
+    axis.add_patch(pyplot.Rectangle(place, 1, 1, fill=False, edgecolor="#e5332a", linewidth=4, clip_on=False))
+    axis.set_xticks(range(len(drafts)), drafts, fontsize=13, color=grey)
+    axis.set_yticks(range(len(exits)), exits, fontsize=13, color=grey)
+    axis.set_xlabel("draft length", fontsize=13, color=grey)
+    axis.set_ylabel("exit layer", fontsize=13, color=grey)
+    axis.set_title("speed against the full model", fontsize=13, color=grey)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    figure.savefig(file, dpi=120, transparent=True)
+    pyplot.close(figure)
 
 
 def fastest_plain(args, prompts: list[list[int]]):
@@ -80,22 +137,12 @@ def fastest_plain(args, prompts: list[list[int]]):
 
     Plain decoding comes in bfloat16 and float32, exact and not; each runs a quarter of the prompts.
     """
-    dtype = {v: k for k, v in DTYPES.items()}[DTYPES.get(args.dtype) or auto_dtype(torch.device("cpu"))]
+    dtype = {v: k for k, v in DTYPES.items()}[dtype_of(args)]
     models = {(d, exact): load_checkpoint(args.ckpt, DTYPES[d]).pack(exact) for d in ("bfloat16", "float32") for exact in (True, False)}
     plain = {f"plain, {d}{'' if exact else ', --no-exact'}": model for (d, exact), model in models.items()}
     tried = {name: decode_all(model, prompts[::4], args.tokens, name).tokens_per_second for name, model in plain.items()}
     print("tokens/s on a quarter of the prompts: " + "; ".join(f"{name} {speed:.0f}" for name, speed in tried.items()), flush=True)
     return dtype, models, {name: (plain[name], {}) for name in sorted(tried, key=tried.get)[-2:]}
-
-
-def alternate(args, prompts, contenders: dict) -> tuple[dict[str, list[float]], dict[str, Run]]:
-    """tokens/s of each contender, args.runs times in turn, and its last run."""
-    speeds, last = {name: [] for name in contenders}, {}
-    for turn in range(args.runs):
-        for name, (model, extra) in contenders.items():
-            last[name] = decode_all(model, prompts, args.tokens, f"run {turn + 1}/{args.runs}, {name}:", **extra)
-            speeds[name].append(last[name].tokens_per_second)
-    return speeds, last
 
 
 def speedup(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
@@ -104,9 +151,7 @@ def speedup(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     The text is compared with exact plain decoding in the same type.
     """
     dtype, models, contenders = fastest_plain(args, prompts)
-    settings = drafting_defaults(generation_defaults(args.ckpt), models["float32", True].config)
-    given = {"exit_layer": args.exits and args.exits[0], "draft_len": args.drafts and args.drafts[0], "min_confidence": args.min_confidence}
-    settings.update({name: value for name, value in given.items() if value is not None})
+    settings = drafting(args, generation_defaults(args.ckpt), models["float32", True].config)
 
     drafted = f"speculative, {dtype}"
     contenders[drafted] = (models[dtype, True], settings)
@@ -188,7 +233,7 @@ def drafters(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
 
 def auto(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """--exit auto against fixed settings, on four kinds of text: each kind's best fixed setting, and the best over all."""
-    model = load_checkpoint(args.ckpt, DTYPES.get(args.dtype) or auto_dtype(torch.device("cpu"))).pack()
+    model = load_checkpoint(args.ckpt, dtype_of(args)).pack()
     each = args.prompts // 4
     if each < 1:
         raise ValueError("auto needs --prompts of at least 4")
@@ -262,11 +307,9 @@ def peers(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    dtype = DTYPES.get(args.dtype) or auto_dtype(torch.device("cpu"))
+    dtype = dtype_of(args)
     model = load_checkpoint(args.ckpt, dtype).pack()
-    settings = drafting_defaults(generation_defaults(args.ckpt), model.config)
-    given = {"exit_layer": args.exits and args.exits[0], "draft_len": args.drafts and args.drafts[0], "min_confidence": args.min_confidence}
-    settings.update({name: value for name, value in given.items() if value is not None})
+    settings = drafting(args, generation_defaults(args.ckpt), model.config)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=dtype).eval()
     theirs.generation_config = transformers.GenerationConfig(do_sample=False, max_new_tokens=args.tokens, pad_token_id=0)
     assist = dict(assistant_early_exit=settings["exit_layer"])
@@ -374,32 +417,90 @@ def train(args, tokenizer: Tokenizer, prompts) -> dict:
     return found
 
 
-def main() -> None:
+def file_prompts(file: Path, tokenizer: Tokenizer) -> list[list[int]]:
+    """Prompts of a text file, where blank lines part them, or of a .jsonl file, each line an object with "prompt"."""
+    text = file.read_text(encoding="utf-8")
+    found = [part.strip("\n") for part in re.split(r"\n[ \t]*\n", text)]
+    if file.suffix == ".jsonl":
+        try:
+            found = [json.loads(line)["prompt"] + "" for line in text.split("\n") if line.strip()]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f'{file}: not every line is a JSON object with a string "prompt"') from None
+    prompts = [tokenizer.encode(one) for one in found if one]
+    if not prompts:
+        raise ValueError(f"{file} holds no prompt")
+    return prompts
+
+
+def numbers(kind=int):
+    return lambda text: [kind(v) for v in text.split(",")]
+
+
+OPTIONS = {
+    "ckpt": dict(type=Path, default=DEFAULT_CKPT, metavar="DIR", help="checkpoint (default: the shipped one)"),
+    "shape": dict(type=lambda text: text.split(","), metavar="NAME,...", help=f"random weights of these shapes instead of a checkpoint: {', '.join(SHAPES)}"),
+    "prompts": dict(type=int, default=20, metavar="N", help="held-out prompts (default %(default)s)"),
+    "prompts-file": dict(type=Path, metavar="FILE", help='prompts from FILE instead, all of them: text with blank lines between, or .jsonl with "prompt"'),
+    "tokens": dict(type=int, default=256, metavar="N", help="new tokens per prompt (default %(default)s)"),
+    "runs": dict(type=int, default=5, metavar="N", help="alternating runs, or repetitions (default %(default)s)"),
+    "context": dict(type=int, default=128, metavar="N", help="live positions (default %(default)s)"),
+    "exits": dict(type=numbers(), metavar="E,...", help="exit layers; the first of them where one is needed (default there: the checkpoint's own)"),
+    "drafts": dict(type=numbers(), metavar="D,...", help="draft lengths, likewise"),
+    "min-confidence": dict(type=float, metavar="C", help="default: 0.3 (sweep), the checkpoint's own (others)"),
+    "alphas": dict(type=numbers(float), default=[0.6, 0.8, 0.95], metavar="A,...", help="acceptances to set (default 0.6,0.8,0.95)"),
+    "dtype": dict(choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 where the hardware multiplies it; speedup: of the drafted runs; exactness: bfloat16 and float32"),
+    "adapter": dict(type=Path, metavar="DIR", help="a Kangaroo adapter for the checkpoint"),
+    "draft-ckpt": dict(type=Path, metavar="DIR", help="a smaller checkpoint of the same vocabulary"),
+    "tries": dict(type=int, default=200, metavar="N", help="tries of the search for sublayers to skip (default %(default)s)"),
+    "csv": dict(type=Path, metavar="FILE", help="write each cell to FILE as it ends; what FILE already holds is not measured again"),
+    "png": dict(type=Path, metavar="FILE", help="draw the speedups as a heat map (needs matplotlib)"),
+    "json": dict(metavar="FILE", help="also write the figures to FILE"),
+}
+COMMANDS = {  # the function, its options beside --ckpt and --json, defaults that are its own
+    "sweep": (sweep, "prompts prompts-file tokens exits drafts min-confidence dtype csv png", {}),
+    "speedup": (speedup, "prompts prompts-file tokens runs exits drafts min-confidence dtype", {}),
+    "drafters": (drafters, "prompts prompts-file tokens runs exits drafts min-confidence dtype adapter draft-ckpt tries", {}),
+    "auto": (auto, "prompts tokens runs exits drafts min-confidence dtype", {}),
+    "coupling": (coupling, "prompts exits", {}),
+    "peers": (peers, "prompts prompts-file tokens runs exits drafts min-confidence dtype", {}),
+    "train": (train, "runs", {}),
+    "roofline": (roofline, "shape runs context exits drafts dtype", {"runs": 30}),
+    "ideal": (ideal, "shape alphas prompts prompts-file tokens runs exits drafts dtype", {"prompts": 4, "tokens": 64, "runs": 3}),
+    "exactness": (exactness, "shape prompts prompts-file tokens runs dtype", {"prompts": 4, "tokens": 128}),
+    "scale": (scale, "shape runs dtype", {"runs": 10}),
+    "memory": (memory, "shape prompts-file tokens exits drafts dtype", {"tokens": 64}),
+    "profile": (profile, "shape prompts prompts-file tokens exits drafts min-confidence dtype", {"prompts": 4, "tokens": 128}),
+}
+
+
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = lambda text: [int(v) for v in text.split(",")]
-    p.add_argument("what", choices=["sweep", "speedup", "drafters", "auto", "coupling", "peers", "train"])
-    p.add_argument("--ckpt", type=Path, default=DEFAULT_CKPT, metavar="DIR")
-    p.add_argument("--prompts", type=int, default=20, help="held-out prompts (default %(default)s)")
-    p.add_argument("--tokens", type=int, default=256, help="new tokens per prompt (default %(default)s)")
-    p.add_argument("--runs", type=int, default=5, help="alternating runs for speedup (default %(default)s)")
-    p.add_argument("--exits", type=numbers, metavar="E,E,...", help="exit layers (sweep: 1,2,3,4,6,8; speedup: the checkpoint's own)")
-    p.add_argument("--drafts", type=numbers, metavar="D,D,...", help="draft lengths (sweep: 2,4,6,10,15; speedup: the checkpoint's own)")
-    p.add_argument("--min-confidence", type=float, help="default: 0.3 (sweep), the checkpoint's own (speedup)")
-    p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the drafted runs; plain decoding runs in the faster type")
-    p.add_argument("--adapter", type=Path, metavar="DIR", help="drafters: a Kangaroo adapter for the checkpoint")
-    p.add_argument("--draft-ckpt", type=Path, metavar="DIR", help="drafters: a smaller checkpoint of the same vocabulary")
-    p.add_argument("--tries", type=int, default=200, help="drafters: tries of the search for sublayers to skip (default %(default)s)")
-    p.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
-    args = p.parse_args()
+    commands = p.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, (work, options, defaults) in COMMANDS.items():
+        one = commands.add_parser(name, description=inspect.getdoc(work), formatter_class=argparse.RawDescriptionHelpFormatter)
+        one.set_defaults(**{option.replace("-", "_"): about.get("default") for option, about in OPTIONS.items()})
+        for option in ["ckpt", *options.split(), "json"]:
+            one.add_argument(f"--{option}", **{**OPTIONS[option], **({"default": defaults[option]} if option in defaults else {})})
+    return p
+
+
+def main() -> None:
+    args = parser().parse_args()
     try:
+        if unknown := set(args.shape or ()) - set(SHAPES):
+            raise ValueError(f"--shape takes {', '.join(SHAPES)}, not {min(unknown)!r:.40}")
         tokenizer = Tokenizer(args.ckpt)
-        prompts = held_out_prompts(2 * args.prompts, tokenizer, 64)  # settings are chosen on one half, speedup is shown on the other
-        tuning, shown = prompts[args.prompts :], prompts[: args.prompts]
-        report = {"sweep": sweep, "speedup": speedup, "drafters": drafters, "auto": auto, "coupling": coupling, "peers": peers, "train": train}[args.what](args, tokenizer, tuning if args.what == "sweep" else shown)
+        if args.prompts_file:
+            prompts = file_prompts(args.prompts_file, tokenizer)
+        else:  # settings are chosen on one half, with a quarter of its prompts, and speedup is shown on the other
+            prompts = held_out_prompts(2 * args.prompts, tokenizer, 64)
+            prompts = prompts[args.prompts :: 4] if args.what == "sweep" else prompts[: args.prompts]
+        report = COMMANDS[args.what][0](args, tokenizer, prompts)
         if args.json:
             Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     except (CheckpointError, ValueError, OSError, ImportError) as error:
-        print(f"bench.py: {error}", file=sys.stderr)
+        progress("")
+        print(f"bench.py: {str(error).splitlines()[0]}", file=sys.stderr)
         raise SystemExit(2)
     except KeyboardInterrupt:
         raise SystemExit(130)
