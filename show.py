@@ -257,12 +257,12 @@ class Lens:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        layers, blocks = len(self.said), self.blocks(15)
-        figure, axes = pyplot.subplots(len(blocks), 1, figsize=(9, 0.4 + len(blocks) * (0.155 * layers + 0.4)), layout="constrained", squeeze=False)
+        layers, blocks = len(self.said), self.blocks(13)
+        figure, axes = pyplot.subplots(len(blocks), 1, figsize=(9, 0.4 + len(blocks) * (0.165 * layers + 0.4)), layout="constrained", squeeze=False)
         strength = 0.1 + 0.75 * self.sure[..., None]
         colour = torch.where(self.agrees[..., None], torch.tensor([0.2, 0.75, 0.35]), torch.tensor([0.95, 0.45, 0.35]))
         ground = 1 - strength * (1 - colour)
-        text = dict(ha="center", va="center", fontsize=6.5, family="monospace", parse_math=False)
+        text = dict(ha="center", va="center", fontsize=7.5, family="monospace", parse_math=False)
         for axis, block in zip(axes[:, 0], blocks):
             axis.imshow(ground[:, block.start : block.stop], aspect="auto", extent=(block.start - 0.5, block.stop - 0.5, layers + 0.5, 0.5))
             for t in block:
@@ -274,9 +274,9 @@ class Lens:
             axis.stairs(self.needed[block.start : block.stop] - 0.5, edges, baseline=None, color="black", linewidth=1.2)
             axis.set(xlim=(block.start - 0.5, block.start + len(blocks[0]) - 0.5), xticks=[], ylabel="exit layer")
             axis.set_yticks([1, *range(4, layers + 1, 4)])
-            axis.tick_params(labelsize=6.5, length=2)
+            axis.tick_params(labelsize=7.5, length=2)
             axis.spines[:].set_visible(False)
-        figure.suptitle("what each exit would say next; green: the last layer's word; deeper: more confident; below the line it stays", fontsize=8)
+        figure.suptitle("what each exit would say next; green: the last layer's word; deeper: more confident; below the line it stays", fontsize=8.5)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # the font lacks some scripts: a box stands for the character
             figure.savefig(file, dpi=200, format="png")
