@@ -243,14 +243,14 @@ class Lens:
         counts = Counter((n - 1) // width for n in needed)
         lines = [f"layers needed per token: {sum(needed) / len(needed):.2f} of {layers} on average over {len(needed)} tokens"]
         for b in range(-(-layers // width)):
-            bar = "█" * round(40 * counts[b] / max(counts.values())) + f" {counts[b]}"
-            lines.append(f"{b * width + 1:5} to {min(layers, (b + 1) * width):<3} {bar}")
+            bar = "█" * round(40 * counts[b] / max(counts.values()))
+            lines.append(f"{b * width + 1:5} to {min(layers, (b + 1) * width):<3} " + f"{bar} {counts[b]}".strip())
         return "\n".join(lines)
 
     def draw(self, file) -> None:
-        """The table as a PNG of 900 points' width, the line where each token's exits settle drawn in.
+        """The table as a PNG, 1800 pixels wide to be shown at 900, with a line at the layers that each token needs.
 
-        The ground is white and opaque: pale cells under dark letters read alike in a light page and in a dark one.
+        The ground is white and opaque: dark letters on pale cells read the same on a light page and on a dark one.
         """
         import matplotlib  # only here
 
@@ -261,7 +261,7 @@ class Lens:
         figure, axes = pyplot.subplots(len(blocks), 1, figsize=(9, 0.4 + len(blocks) * (0.165 * layers + 0.4)), layout="constrained", squeeze=False)
         strength = 0.1 + 0.75 * self.sure[..., None]
         colour = torch.where(self.agrees[..., None], torch.tensor([0.2, 0.75, 0.35]), torch.tensor([0.95, 0.45, 0.35]))
-        ground = 1 - strength * (1 - colour)
+        ground = (1 - strength * (1 - colour)).numpy()
         text = dict(ha="center", va="center", fontsize=7.5, family="monospace", parse_math=False)
         for axis, block in zip(axes[:, 0], blocks):
             axis.imshow(ground[:, block.start : block.stop], aspect="auto", extent=(block.start - 0.5, block.stop - 0.5, layers + 0.5, 0.5))
@@ -271,7 +271,7 @@ class Lens:
                     dim = "black" if self.agrees[layer, t] else "dimgray"
                     axis.text(t, layer + 1, fit(self.said[layer][t], self.CELL + 1).strip(), **text, color=dim)
             edges = [t - 0.5 for t in [*block, block.stop]]
-            axis.stairs(self.needed[block.start : block.stop] - 0.5, edges, baseline=None, color="black", linewidth=1.2)
+            axis.stairs(self.needed[block.start : block.stop].numpy() - 0.5, edges, baseline=None, color="black", linewidth=1.2)
             axis.set(xlim=(block.start - 0.5, block.start + len(blocks[0]) - 0.5), xticks=[], ylabel="exit layer")
             axis.set_yticks([1, *range(4, layers + 1, 4)])
             axis.tick_params(labelsize=7.5, length=2)
