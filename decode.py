@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from cache import KVQCache
 from drafters import AutoExit, Drafter, EarlyExit, Jacobi, Pick, PromptLookup, SkipLayers, TwoModels
 from kangaroo import ETA, Kangaroo, load_adapter
 from model import MAX_ROWS, CheckpointError, Config, Llama, auto_dtype, load_checkpoint, parse_object, prefill
+from show import Lens, Show, Trace, trace_json, whole_file
 from tokenizer import Stream, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,34 +321,6 @@ def run(rounds: Iterator[Round], on_round=None, into: Run | None = None, keep_lo
     return into
 
 
-class Show:
-    """Streams rounds to stdout as text. On a terminal, tokens that the draft foresaw are green, the verifier's own blue."""
-
-    GREEN, BLUE, PLAIN, DIM = "\033[32m", "\033[94m", "\033[0m", "\033[2m"
-
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], drafts: bool):
-        self.stream = Stream(tokenizer, prompt_ids)
-        self.colour = drafts and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-
-    def prompt(self, text: str) -> None:
-        if sys.stdout.isatty():
-            if self.colour:
-                print(f"{self.GREEN}drafted and accepted{self.PLAIN}, {self.BLUE}the verifier's own{self.PLAIN}\n", file=sys.stderr)
-            print(f"{self.DIM}{text}{self.PLAIN}" if self.colour else text, end="", flush=True)
-
-    def __call__(self, r: Round) -> None:
-        for place, token in enumerate(r.emitted):
-            self._print(self.stream.feed([token]), self.GREEN if place < r.accepted else self.BLUE)
-
-    def finish(self) -> None:
-        self._print(self.stream.finish(), self.BLUE)
-        print(flush=True)
-
-    def _print(self, text: str, colour: str) -> None:
-        if text:
-            print(f"{colour}{text}{self.PLAIN}" if self.colour else text, end="", flush=True)
-
-
 def generation_defaults(ckpt: Path) -> dict:
     """What generation_config.json says, under transformers' own keys: EOS ids, exit layer, draft length, confidence."""
     file = ckpt / "generation_config.json"
@@ -376,7 +350,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ckpt", type=Path, default=DEFAULT_CKPT, metavar="DIR", help="checkpoint directory (default: the shipped one)")
     p.add_argument("--prompt", metavar="TEXT", help="text to go on from")
     p.add_argument("--interactive", action="store_true", help="ask for a prompt, complete it, ask again; Ctrl-D ends")
-    p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to generate at most (default %(default)s)")
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens to generate at most (default 256; with --lens 12, and there 0 looks at the prompt alone)")
     draft = p.add_argument_group("drafting (defaults come with the checkpoint)")
     draft.add_argument("--exit", type=exit_choice, metavar="E", help="layers that the draft runs; few: fast, many: accepted more often. auto: chosen as the text goes")
     draft.add_argument("--draft", type=int, metavar="D", help=f"tokens drafted per round at most, 1 to {MAX_ROWS - 1}")
@@ -407,6 +381,11 @@ def parser() -> argparse.ArgumentParser:
         help="ordinary attention and row counts: can be faster, but speculative text may leave the full model's where two tokens nearly tie",
     )
     engine.add_argument("--compile", action="store_true", help="torch.compile the layers first (seconds to a minute; needs a C++ compiler): faster from then on, and as exact")
+    inside = p.add_argument_group("looking inside")
+    inside.add_argument("--lens", action="store_true", help="what every exit would say at every position of the prompt and of a short continuation, and how many layers each token needs")
+    inside.add_argument("--lens-png", type=Path, metavar="FILE", help="the lens as a figure too")
+    inside.add_argument("--trace", action="store_true", help="a line a round instead of text: drafted, accepted, rejected, the verifier's own, and times")
+    inside.add_argument("--trace-json", type=Path, metavar="FILE", help="write the rounds, and the settings that repeat them, to a file")
     p.add_argument("--json", action="store_true", help="print the run as one JSON object instead of text")
     return p
 
@@ -454,6 +433,8 @@ def choose_drafter(args: argparse.Namespace, model: Llama, settings: dict) -> st
         name, args.exit, settings["draft_len"] = "exit auto", None, MAX_ROWS - 1
         settings["drafter"] = partial(AutoExit, exit_layer=settings["exit_layer"])
     others = args.adapter or args.draft_ckpt or args.skip is not None or args.lookup or args.jacobi
+    if auto and args.trace_json:
+        raise ValueError("--trace-json holds rounds that its settings repeat; give --exit a number")
     if auto and (args.full or args.no_verify or args.exit_confidence):
         raise ValueError("--exit auto drafts: it does not go with --full, --no-verify and --exit-confidence")
     if others and (auto or args.exit is not None or args.full or args.no_verify or args.exit_confidence):
@@ -514,12 +495,32 @@ def usable_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
+UNVERIFIED = {"no_verify", "exit_confidence"}
+OTHER_DRAFTERS = {"adapter", "draft_ckpt", "skip", "lookup", "jacobi"}
+# options, those that make no sense with them, and why
+CLASHES = [
+    ({"interactive"}, {"json", "compare", "stdin", "prompt", "lens", "lens_png", "trace_json"}, "asks for prompts and shows text"),
+    ({"stdin"}, {"prompt"}, "is the prompt"),
+    ({"lens", "lens_png"}, {"exit", "draft", "min_confidence", "full", "compare", *UNVERIFIED, *OTHER_DRAFTERS}, "looks at every exit of the full model"),
+    ({"lens", "lens_png"}, {"json", "trace", "trace_json"}, "shows one pass, not rounds"),
+    ({"trace"}, {"json"}, "shows rounds in place of the text"),
+    ({"trace", "trace_json"}, UNVERIFIED, "shows what was drafted and verified"),
+    ({"trace_json"}, OTHER_DRAFTERS, "holds rounds that its settings repeat, those of an early exit"),
+]
+
+
+def check_modes(given: set[str]) -> None:
+    """Refuses options, by their names in argparse's namespace, that make no sense together."""
+    for modes, clashing, why in CLASHES:
+        if modes & given and clashing & given:
+            mode, other = ("-" if name == "stdin" else "--" + name.replace("_", "-") for name in (min(modes & given), min(clashing & given)))
+            raise ValueError(f"{mode} {why}; leave out {other}")
+
+
 def decode(args: argparse.Namespace) -> None:
     """The command: load, generate, show."""
-    if args.interactive and (args.json or args.compare or args.stdin or args.prompt is not None):
-        raise ValueError("--interactive asks for prompts and shows text; leave out --prompt, -, --compare and --json")
-    if args.stdin and args.prompt is not None:
-        raise ValueError("give the prompt once: --prompt or -")
+    check_modes({name for name, value in vars(args).items() if value != parser().get_default(name)})
+    lens = args.lens or args.lens_png
     text = None if args.interactive else read_prompt(args)
     if text == "":
         raise ValueError("the prompt is empty")
@@ -541,17 +542,20 @@ def decode(args: argparse.Namespace) -> None:
     settings.update(
         no_verify=args.no_verify,
         exit_confidence=args.exit_confidence,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=(12 if lens else 256) if args.max_new_tokens is None else args.max_new_tokens,
         sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
         eos=() if not ends else tuple(ends[0]) if isinstance(ends[0], list) else (ends[0],),
     )
     if args.compile:
         print("compiling", file=sys.stderr)
     model.pack(exact=not args.no_exact, compile=args.compile)
-    if args.interactive:
-        converse(model, tokenizer, settings)
-    else:
-        complete(model, tokenizer, settings, text, args, who)
+    with whole_file(args.lens_png or args.trace_json) as file:
+        if lens:
+            look(model, tokenizer, settings, text, file)
+        elif args.interactive:
+            converse(model, tokenizer, settings, Trace if args.trace else Show)
+        else:
+            complete(model, tokenizer, settings, text, args, who, file)
 
 
 def drafts(settings: dict) -> bool:
@@ -559,7 +563,21 @@ def drafts(settings: dict) -> bool:
     return (settings["exit_layer"] > 0 or settings["drafter"] is not None) and not settings["no_verify"] and not settings["exit_confidence"]
 
 
-def complete(model: Llama, tokenizer: Tokenizer, settings: dict, text: str, args: argparse.Namespace, who: str) -> None:
+def look(model: Llama, tokenizer: Tokenizer, settings: dict, text: str, file: BinaryIO | None) -> None:
+    """Shows every exit of the full model over a prompt and what the full model says next; to `file` too, as a PNG."""
+    ids, count = tokenizer.encode(text), settings["max_new_tokens"]
+    rounds = generate(model, ids, **{**settings, "exit_layer": 0, "drafter": None, "max_new_tokens": count or 1})
+    said = run(rounds).ids if count else []
+    lens = Lens(model, tokenizer, ids, [token for token in said if token not in settings["eos"]])
+    print(lens.text())
+    print(lens.statistics(), file=sys.stderr)
+    if file:
+        lens.draw(file)
+
+
+def complete(
+    model: Llama, tokenizer: Tokenizer, settings: dict, text: str, args: argparse.Namespace, who: str, trace_file: BinaryIO | None
+) -> None:
     """Generates after one prompt and reports; with --compare a second time with the full model alone."""
     ids = tokenizer.encode(text)
     full = {**settings, "exit_layer": 0, "drafter": None}
@@ -571,7 +589,7 @@ def complete(model: Llama, tokenizer: Tokenizer, settings: dict, text: str, args
     if args.json:
         run(rounds, into=result, keep_logits=args.compare)
     else:
-        show = Show(tokenizer, ids, drafts=drafts(settings))
+        show = (Trace if args.trace else Show)(tokenizer, ids, drafts=drafts(settings))
         show.prompt(text)
         stopped = False
         try:
@@ -582,6 +600,8 @@ def complete(model: Llama, tokenizer: Tokenizer, settings: dict, text: str, args
         print("\n" + result.summary(), file=sys.stderr)
         if stopped:
             raise KeyboardInterrupt
+    if trace_file:
+        trace_file.write(trace_json(result.rounds, ids, settings))
     if args.compare:
         compared = run(generate(model, ids, **full), keep_logits=True)
     if args.json:
@@ -622,7 +642,7 @@ def as_json(result: Run, tokenizer: Tokenizer, prompt_ids: list[int], settings: 
     return found
 
 
-def converse(model: Llama, tokenizer: Tokenizer, settings: dict) -> None:
+def converse(model: Llama, tokenizer: Tokenizer, settings: dict, shown: type[Show] | type[Trace]) -> None:
     """Reads prompts until the end of input; a prompt that cannot run is said so, and the next one is asked for."""
     generate(model, [0], **settings)  # settings that cannot run are said so before the first prompt
     while True:
@@ -641,7 +661,7 @@ def converse(model: Llama, tokenizer: Tokenizer, settings: dict) -> None:
         except ValueError as error:
             print(f"decode.py: {error}", file=sys.stderr)
             continue
-        show = Show(tokenizer, ids, drafts=drafts(settings))
+        show = shown(tokenizer, ids, drafts=drafts(settings))
         show.prompt(text)
         result = Run()
         try:

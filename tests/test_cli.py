@@ -51,7 +51,7 @@ SHORT = ["--prompt", "def f(x):", "--max-new-tokens", "30"]
 
 def test_text_goes_to_stdout_and_statistics_to_stderr(cli):
     run = cli(*SHORT, "--exit", "2", "--min-confidence", "0")
-    assert run.code == 0 and len(run.out) > 5 and "\033" not in run.out
+    assert run.code == 0 and len(run.out) > 5 and "\033[" not in run.out
     assert "30 tokens in" in run.err and "accepted" in run.err and "tokens per round" in run.err
 
 
