@@ -42,7 +42,7 @@ from data import held_out_prompts, read_files, stdlib_files
 from decode import DEFAULT_CKPT, DTYPES, Run, drafting_defaults, generation_defaults, gumbel
 from drafters import AutoExit, Drafter, EarlyExit, Jacobi, PromptLookup, SkipLayers, TwoModels, search_skips
 from kangaroo import Kangaroo, load_adapter
-from model import MAX_ROWS, CheckpointError, load_checkpoint
+from model import MAX_ROWS, CheckpointError, auto_dtype, load_checkpoint
 from tokenizer import Tokenizer
 
 CELL = ("exit_layer", "draft_len", "tokens_per_second", "plain_tokens_per_second", "speedup", "acceptance", "tokens_per_round", "identical")
@@ -74,13 +74,13 @@ def sweep(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     weights, texts = (zlib.crc32(data) for data in (model.model.embed_tokens.weight.detach().view(torch.uint8).numpy(), str(prompts).encode()))
     settings = {
         "checkpoint": f"{args.ckpt.name} {weights:08x}", "prompts": f"{len(prompts)} {texts:08x}", "tokens": args.tokens,
-        "dtype": str(model.dtype), "confidence": confidence, "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype), "confidence": confidence, "threads": torch.get_num_threads(), "compiled": args.compile,
     }  # fmt: skip
     cells = read_cells(args.csv, settings) if args.csv else {}
     wanted = list(product(exits, drafts))
     missing = [cell for cell in wanted if cell not in cells]
     if missing:
-        model.pack()
+        model.pack(compile=args.compile)
         decode_all(model, prompts[:1], 32)
         plain = decode_all(model, prompts, args.tokens, "full model")
     for done, (exit_layer, draft_len) in enumerate(missing):
@@ -135,11 +135,15 @@ def draw(file: Path, exits: list[int], drafts: list[int], cells: dict, best: dic
 def fastest_plain(args, prompts: list[list[int]]):
     """The type to draft in; models by (type, exact); and the two fastest ways of plain decoding as {name: (model, {})}.
 
-    Plain decoding comes in bfloat16 and float32, exact and not; each runs a quarter of the prompts.
+    Plain decoding comes in bfloat16 and float32, exact and not; each runs a quarter of the prompts. With --compile the models
+    are compiled, and plain decoding that is not competes too.
     """
     dtype = {v: k for k, v in DTYPES.items()}[dtype_of(args)]
-    models = {(d, exact): load_checkpoint(args.ckpt, DTYPES[d]).pack(exact) for d in ("bfloat16", "float32") for exact in (True, False)}
+    ways = [(d, exact) for d in ("bfloat16", "float32") for exact in (True, False)]
+    models = {(d, exact): load_checkpoint(args.ckpt, DTYPES[d]).pack(exact, args.compile) for d, exact in ways}
     plain = {f"plain, {d}{'' if exact else ', --no-exact'}": model for (d, exact), model in models.items()}
+    if args.compile:
+        plain |= {f"plain, {d}{'' if exact else ', --no-exact'}, eager": load_checkpoint(args.ckpt, DTYPES[d]).pack(exact) for d, exact in ways}
     tried = {name: decode_all(model, prompts[::4], args.tokens, name).tokens_per_second for name, model in plain.items()}
     print("tokens/s on a quarter of the prompts: " + "; ".join(f"{name} {speed:.0f}" for name, speed in tried.items()), flush=True)
     return dtype, models, {name: (plain[name], {}) for name in sorted(tried, key=tried.get)[-2:]}
@@ -188,15 +192,18 @@ def drafters(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     base["draft_len"] = args.drafts[0] if args.drafts else base["draft_len"]
     exit_layer = base["exit_layer"] = args.exits[0] if args.exits else base["exit_layer"]
     who = {f"early exit, E = {exit_layer}": (base, "its training")}
+    extra: dict[str, torch.nn.Module] = {}
     who["exit auto"] = ({**base, "draft_len": MAX_ROWS - 1, "drafter": partial(AutoExit, exit_layer=exit_layer)}, "its training")
     if args.adapter:
         adapter = load_adapter(args.adapter, model)
         about = json.loads((args.adapter / "adapter.json").read_text())
         settings = {**base, "draft_len": 6, "min_confidence": 0.6 if args.min_confidence is None else args.min_confidence}
+        extra[f"kangaroo, E = {adapter.exit_layer}"] = adapter
         who[f"kangaroo, E = {adapter.exit_layer}"] = ({**settings, "drafter": partial(Kangaroo, adapter=adapter)}, f"{about.get('tokens', 0) / 1e6:.1f}M tokens, {about.get('seconds', 0) / 60:.0f} min")
     if args.draft_ckpt:
         other = load_checkpoint(args.draft_ckpt, DTYPES[dtype])
         record = json.loads((args.draft_ckpt / "training.json").read_text()) if (args.draft_ckpt / "training.json").exists() else {}
+        extra["two models"] = other
         who["two models"] = ({**base, "drafter": partial(TwoModels, other=other)}, f"{record.get('tokens', 0) / 1e6:.1f}M tokens")
     texts = load_checkpoint(args.ckpt, DTYPES[dtype])
     attention, mlp, _ = search_skips(texts, torch.tensor([p for p in held_out_prompts(4 * args.prompts, tokenizer, 64)[2 * args.prompts :]]), args.tries, on_try=lambda n, *_: progress(f"search {n}/{args.tries}"))
@@ -205,6 +212,7 @@ def drafters(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     who[f"skip {len(attention)} attention, {len(mlp)} MLP"] = ({**base, "drafter": partial(SkipLayers, attention=attention, mlp=mlp)}, f"{args.tries} tries")
     who["prompt lookup"], who["jacobi"] = ({**base, "drafter": PromptLookup}, "none"), ({**base, "drafter": Jacobi}, "none")
     made: dict[str, Drafter] = {}
+    more = {name: sum(p.numel() for p in module.parameters()) for name, module in extra.items()}
 
     def kept(name, maker):
         def make(*given):
@@ -220,20 +228,20 @@ def drafters(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     middle = {name: statistics.median(values) for name, values in speeds.items()}
     fastest = max(contenders, key=middle.get)
     rows = [f"{args.ckpt.name}, {len(prompts)} held-out prompts x {args.tokens} tokens, medians of {args.runs} alternating runs; the fastest plain decoding is {fastest.removeprefix('plain, ')}: {middle[fastest]:.0f} tokens/s.", ""]
-    rows += ["| drafter | accepted | tokens per round | speed against plain | lowest to highest | extra memory | training |", "|---|---|---|---|---|---|---|"]
+    rows += ["| drafter | accepted | tokens per round | speed against plain | lowest to highest | extra parameters | extra memory | training |", "|---|---|---|---|---|---|---|---|"]
     report = {}
     for name, (_, cost) in who.items():
         r, ratios = last[name], [v / middle[fastest] for v in speeds[name]]
         assert r.ids == last[plain_name].ids, f"{name}: the text is not the full model's"
         report[name] = {"accepted": r.acceptance, "tokens_per_round": len(r.ids) / len(r.rounds), "speedup": middle[name] / middle[fastest], "extra_bytes": made[name].nbytes}
-        rows.append(f"| {name} | {r.acceptance or 0:.0%} | {len(r.ids) / len(r.rounds):.2f} | {middle[name] / middle[fastest]:.2f} | {min(ratios):.2f} to {max(ratios):.2f} | {made[name].nbytes / 1e6:.1f} MB | {cost} |")
+        rows.append(f"| {name} | {r.acceptance or 0:.0%} | {len(r.ids) / len(r.rounds):.2f} | {middle[name] / middle[fastest]:.2f} | {min(ratios):.2f} to {max(ratios):.2f} | {more.get(name, 0) / 1e6:.2f}M | {made[name].nbytes / 1e6:.1f} MB | {cost} |")
     print("\n".join(rows))
     return report
 
 
 def auto(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """--exit auto against fixed settings, on four kinds of text: each kind's best fixed setting, and the best over all."""
-    model = load_checkpoint(args.ckpt, dtype_of(args)).pack()
+    model = load_checkpoint(args.ckpt, dtype_of(args)).pack(compile=args.compile)
     each = args.prompts // 4
     if each < 1:
         raise ValueError("auto needs --prompts of at least 4")
@@ -331,6 +339,11 @@ def peers(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
         "this code, plain": lambda: decode_all(model, prompts, args.tokens),
         "this code, self-speculative": lambda: decode_all(model, prompts, args.tokens, **settings),
     }
+    if args.compile:
+        compiled = load_checkpoint(args.ckpt, dtype).pack(compile=True)
+        sides["this code, plain, --compile"] = lambda: decode_all(compiled, prompts, args.tokens)
+        sides["this code, self-speculative, --compile"] = lambda: decode_all(compiled, prompts, args.tokens, **settings)
+        decode_all(compiled, prompts[:1], 8, **settings)
     for name in sides:
         progress(f"warming up: {name}")
         generated(8, **(assist if "early" in name else {})) if "transformers" in name else decode_all(model, prompts[:1], 8)
@@ -345,7 +358,7 @@ def peers(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     names = list(sides)
     print(f"{len(prompts)} held-out prompts x {args.tokens} tokens, {dtype}, exit {settings['exit_layer']}, draft {settings['draft_len']}, confidence {settings['min_confidence']}")
     print("| | tokens/s | against transformers | drafted texts that equal its own plain text |\n|---|---|---|---|")
-    for name, other in zip(names, [names[0], names[1], names[0], names[1]]):
+    for name, other in zip(names, 3 * names[:2]):
         ids = [[r.ids[i : i + args.tokens] for i in range(0, len(r.ids), args.tokens)] for r in (last[name], last[names[names.index(name) // 2 * 2]])]
         same = f"{sum(a == b for a, b in zip(*ids))} of {len(prompts)}" if name in names[1::2] else ""
         v = found[name]
@@ -355,7 +368,7 @@ def peers(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
 
 def train(args, tokenizer: Tokenizer, prompts) -> dict:
     """Training tokens/s of the shipped shape: transformers' LlamaForCausalLM in a plain loop, eager and compiled, and the
-    recipes plain and layerskip of train.py. Same batch, bfloat16 autocast, AdamW; alternating turns of ten steps."""
+    recipes plain and layerskip of train.py. Same batch, AdamW, bfloat16 autocast where the hardware has it; alternating turns of ten steps."""
     import transformers
 
     import train as training
@@ -375,13 +388,15 @@ def train(args, tokenizer: Tokenizer, prompts) -> dict:
         )  # fmt: skip
         batch = torch.randint(c.vocab_size, (8, 512), generator=torch.Generator().manual_seed(0))
 
+        bf16 = auto_dtype(torch.device("cpu")) == torch.bfloat16
+
         def theirs(compiled: bool):
             model = transformers.LlamaForCausalLM(config)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
             forward = torch.compile(model) if compiled else model
 
             def step():
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                     loss = forward(input_ids=batch, labels=batch).loss
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -451,18 +466,19 @@ OPTIONS = {
     "dtype": dict(choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 where the hardware multiplies it; speedup: of the drafted runs; exactness: bfloat16 and float32"),
     "adapter": dict(type=Path, metavar="DIR", help="a Kangaroo adapter for the checkpoint"),
     "draft-ckpt": dict(type=Path, metavar="DIR", help="a smaller checkpoint of the same vocabulary"),
+    "compile": dict(action="store_true", help="with compiled layers (decode.py --compile)"),
     "tries": dict(type=int, default=200, metavar="N", help="tries of the search for sublayers to skip (default %(default)s)"),
     "csv": dict(type=Path, metavar="FILE", help="write each cell to FILE as it ends; what FILE already holds is not measured again"),
     "png": dict(type=Path, metavar="FILE", help="draw the speedups as a heat map (needs matplotlib)"),
     "json": dict(metavar="FILE", help="also write the figures to FILE"),
 }
 COMMANDS = {  # the function, its options beside --ckpt and --json, defaults that are its own
-    "sweep": (sweep, "prompts prompts-file tokens exits drafts min-confidence dtype csv png", {}),
-    "speedup": (speedup, "prompts prompts-file tokens runs exits drafts min-confidence dtype", {}),
-    "drafters": (drafters, "prompts prompts-file tokens runs exits drafts min-confidence dtype adapter draft-ckpt tries", {}),
-    "auto": (auto, "prompts tokens runs exits drafts min-confidence dtype", {}),
+    "sweep": (sweep, "prompts prompts-file tokens exits drafts min-confidence dtype compile csv png", {}),
+    "speedup": (speedup, "prompts prompts-file tokens runs exits drafts min-confidence dtype compile", {}),
+    "drafters": (drafters, "prompts prompts-file tokens runs exits drafts min-confidence dtype adapter draft-ckpt tries compile", {}),
+    "auto": (auto, "prompts tokens runs exits drafts min-confidence dtype compile", {}),
     "coupling": (coupling, "prompts exits", {}),
-    "peers": (peers, "prompts prompts-file tokens runs exits drafts min-confidence dtype", {}),
+    "peers": (peers, "prompts prompts-file tokens runs exits drafts min-confidence dtype compile", {}),
     "train": (train, "runs", {}),
     "roofline": (roofline, "shape runs context exits drafts dtype", {"runs": 30}),
     "ideal": (ideal, "shape alphas prompts prompts-file tokens runs exits drafts dtype", {"prompts": 4, "tokens": 64, "runs": 3}),
