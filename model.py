@@ -403,7 +403,7 @@ class CachedAttention:
             q = q.permute(1, 2, 0, 3).reshape(1, groups, -1, head_dim)  # heads that share keys: more query rows
             mask = self.mask.repeat(heads // groups, 1)
             out = F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=mask)
-            return out.view(heads, rows, head_dim).transpose(0, 1).contiguous()
+            return out.view(heads, rows, head_dim).transpose(0, 1)
         q = F.pad(q, (0, 0, 0, -q.shape[2] % 8)).contiguous()
         out = []
         for first, last, view, mask in self.slices:
@@ -587,6 +587,9 @@ class Llama(nn.Module):
             for first in {0, 1, MAX_ROWS - rows}:
                 if self.exact and not all(torch.equal(a, b[first : first + rows]) for a, b in zip(halves(first, rows), whole)):
                     raise ValueError("compiled layers do not keep the rows of a pass apart on this machine: leave out --compile, or add --no-exact")
+        c = self.config
+        cache = KVQCache(1, c.n_kv_heads, c.head_dim, c.dim, 2 * MAX_ROWS, 1, self.dtype, self.device)
+        self.run_layers(x.repeat(2, 1), 0, 1, cache)  # prefill's attention leaves other strides: one more graph
 
     def rotary(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
         """cos and sin (rows, 1, head_dim) for positions from `start`, in the model's dtype, from a table that grows."""
