@@ -466,7 +466,7 @@ OPTIONS = {
     "dtype": dict(choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 where the hardware multiplies it; speedup: of the drafted runs; exactness: bfloat16 and float32"),
     "adapter": dict(type=Path, metavar="DIR", help="a Kangaroo adapter for the checkpoint"),
     "draft-ckpt": dict(type=Path, metavar="DIR", help="a smaller checkpoint of the same vocabulary"),
-    "compile": dict(action="store_true", help="with compiled layers (decode.py --compile)"),
+    "compile": dict(action="store_true", default=False, help="with compiled layers (decode.py --compile)"),
     "tries": dict(type=int, default=200, metavar="N", help="tries of the search for sublayers to skip (default %(default)s)"),
     "csv": dict(type=Path, metavar="FILE", help="write each cell to FILE as it ends; what FILE already holds is not measured again"),
     "png": dict(type=Path, metavar="FILE", help="draw the speedups as a heat map (needs matplotlib)"),

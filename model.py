@@ -511,6 +511,7 @@ class Layer(nn.Module):
     def after(self, h: Tensor, mixed: Tensor) -> Tensor:
         """The rest, from what attention found, mixed (..., T, H, hd)."""
         h = h + self.self_attn.output(mixed)
+        del mixed  # the MLP of a long prompt needs the memory
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
