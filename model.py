@@ -24,6 +24,7 @@ import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -361,6 +362,13 @@ def batch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
+@lru_cache(maxsize=4)
+def causal_line(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`length` zeros, then as many -inf (2 * length,): read from length - 1 - p on, it is the mask row of position p."""
+    with torch.inference_mode(False):
+        return torch.cat([torch.zeros(length, dtype=dtype, device=device), torch.full((length,), -math.inf, dtype=dtype, device=device)])
+
+
 class CachedAttention:
     """Attention of T rows at positions start..start+T-1 over a KVQ cache, the same for every layer of one pass.
 
@@ -377,12 +385,11 @@ class CachedAttention:
 
     def __init__(self, cache: KVQCache, start: int, rows: int, dtype: torch.dtype, exact: bool):
         self.cache, self.start, self.rows = cache, start, rows
-        device = cache.keys.device
-        positions = torch.arange(start, start + rows, device=device)
         self.row_by_row = exact and rows <= MAX_ROWS
         view = cache.view_len(start + rows) if self.row_by_row else start + rows
-        dead = torch.arange(view, device=device) > positions[:, None]
-        self.mask = torch.zeros(rows, view, dtype=dtype, device=device).masked_fill_(dead, -math.inf)
+        line, middle = causal_line(cache.max_len, dtype, cache.keys.device), cache.max_len - 1
+        masks = [line[middle - p : middle - p + view] for p in range(start, start + rows)]
+        self.mask = masks[0][None] if rows == 1 else torch.stack(masks)
         self.slices = []  # (first row, last row, view length): rows that share a view length run together
         if self.row_by_row:
             first = 0
