@@ -427,7 +427,7 @@ class CachedAttention:
 
 
 def joint_linear(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """Several linear layers of the same input x (..., in) as one product, side by side, (..., out of all)."""
+    """Several linear layers of the same input x (..., in) as one product, side by side."""
     return F.linear(x, torch.cat([layer.weight for layer in layers]))
 
 

@@ -12,6 +12,7 @@ FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "porting").glob("*.py")])
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 # names of dimensions, one of which a shape has, unless it is () or (...)
 DIMENSIONS = {"B", "T", "R", "L", "V", "H", "Hkv", "hd", "dim", "vocab", "rows", "heads", "head_dim", "max_len", "n_kv_heads", "length", "batch", "exits", "in", "out"}
+SIZE = re.compile(r"(\.\.\.|\w+|len\(\w+\))( [-+*/] \w+)*")
 REFUSALS = {"ValueError", "CheckpointError", "Malformed"}
 SAYS_SO = re.compile(r"ValueError|CheckpointError|Malformed|one line|refuse", re.IGNORECASE)
 
@@ -67,7 +68,8 @@ def shapes(doc: str) -> list[str]:
     found = []
     for text in re.findall(r"(?<!\w)\(((?:[^()]|\(\w*\))*)\)", doc):
         items = [item.strip() for item in text.split(",") if item.strip()]
-        if items in ([], ["..."]) or ("," in text and any(name in DIMENSIONS for item in items for name in re.findall(r"\w+", item) if len(item.split()) < 4)):
+        named = "," in text and DIMENSIONS & set(re.findall(r"\w+", text)) and all(SIZE.fullmatch(item) for item in items)
+        if named or items in ([], ["..."]):
             found.append(text)
     return found
 
@@ -87,7 +89,7 @@ def raised(node: ast.AST) -> set[str]:
 
 def test_the_rules_see_what_they_are_for():
     assert shapes("q (T, H, hd), loss (), any (...)") == ["T, H, hd", "", "..."] and shapes("(..., dim) -> (vocab,)") == ["..., dim", "vocab,"]
-    assert shapes("(len(drafted) + 1, vocab)") and not shapes("run(a, b) (LayerSkip, arXiv 2404.16710, section 4) (the model)")
+    assert shapes("(len(drafted) + 1, vocab)") and not shapes("run(B, T) (LayerSkip, arXiv 2404.16710, section 4) (dim) (as in figure 2, left)")
     assert raised(ast.parse("def f():\n    if x:\n        raise ValueError('no') from None\n    raise")) == {"ValueError"}
     assert len(PUBLIC) > 250 and {p.name.split()[1] for p in PUBLIC} >= {"Llama.run_layers", "KVQCache", "generate", "Decoder.draft"}
 
