@@ -2,10 +2,15 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test parity mutants soak twins clean
+.PHONY: demo lint test parity mutants soak twins clean
 
 demo: .venv/ready        ## a streamed completion, and the proof that it is the full model's, faster
 	$(RUN) decode.py --compare
+
+lint: .venv/ready        ## types and style, by settings in pyproject.toml
+	$(RUN) -m pip install --quiet --disable-pip-version-check mypy==2.4.1 ruff==0.17.5
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
 
 test: .venv/ready        ## the whole test suite; EXAMPLES=2000 makes the property tests look further
 	$(RUN) -m pytest -q tests -m threads
@@ -30,4 +35,4 @@ twins: .venv/ready       ## trains a plain and a LayerSkip model alike and compa
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .hypothesis
+	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache

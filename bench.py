@@ -31,9 +31,11 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,7 +65,7 @@ def read_cells(file: Path, settings: dict) -> dict[tuple[int, int], dict]:
     return {(int(row["exit_layer"]), int(row["draft_len"])): {name: ast.literal_eval(row[name]) for name in CELL} for row in rows}
 
 
-def sweep(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
+def sweep(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """Tokens/s, acceptance and tokens per round over exit layer x draft length; one run a cell.
 
     With --csv each cell is written as it ends, and cells that the file already has are not measured again.
@@ -71,7 +73,7 @@ def sweep(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     exits, drafts = args.exits or [1, 2, 3, 4, 6, 8], args.drafts or [2, 4, 6, 10, 15]
     confidence = 0.3 if args.min_confidence is None else args.min_confidence
     model = load_checkpoint(args.ckpt, dtype_of(args))
-    weights, texts = (zlib.crc32(data) for data in (model.model.embed_tokens.weight.detach().view(torch.uint8).numpy(), str(prompts).encode()))
+    weights, texts = (zlib.crc32(data) for data in (model.model.embed_tokens.weight.detach().view(torch.uint8).numpy().tobytes(), str(prompts).encode()))
     settings = {
         "checkpoint": f"{args.ckpt.name} {weights:08x}", "prompts": f"{len(prompts)} {texts:08x}", "tokens": args.tokens,
         "dtype": str(model.dtype), "confidence": confidence, "threads": torch.get_num_threads(), "compiled": args.compile,
@@ -118,11 +120,12 @@ def draw(file: Path, exits: list[int], drafts: list[int], cells: dict, best: dic
     picture = axis.imshow(speeds, cmap="viridis", aspect="auto")
     for y, row in enumerate(speeds):
         for x, speed in enumerate(row):
-            axis.text(x, y, f"{speed:.2f}", ha="center", va="center", fontsize=14, color="black" if picture.norm(speed) > 0.55 else "white")
+            light: Any = picture.norm(speed)
+            axis.text(x, y, f"{speed:.2f}", ha="center", va="center", fontsize=14, color="black" if light > 0.55 else "white")
     place = drafts.index(best["draft_len"]) - 0.5, exits.index(best["exit_layer"]) - 0.5
     axis.add_patch(pyplot.Rectangle(place, 1, 1, fill=False, edgecolor="#e5332a", linewidth=4, clip_on=False))
-    axis.set_xticks(range(len(drafts)), drafts, fontsize=13, color=grey)
-    axis.set_yticks(range(len(exits)), exits, fontsize=13, color=grey)
+    axis.set_xticks(range(len(drafts)), map(str, drafts), fontsize=13, color=grey)
+    axis.set_yticks(range(len(exits)), map(str, exits), fontsize=13, color=grey)
     axis.set_xlabel("draft length", fontsize=13, color=grey)
     axis.set_ylabel("exit layer", fontsize=13, color=grey)
     axis.set_title("speed against the full model", fontsize=13, color=grey)
@@ -132,7 +135,7 @@ def draw(file: Path, exits: list[int], drafts: list[int], cells: dict, best: dic
     pyplot.close(figure)
 
 
-def fastest_plain(args, prompts: list[list[int]]):
+def fastest_plain(args: argparse.Namespace, prompts: list[list[int]]) -> tuple[str, dict, dict]:
     """The type to draft in; models by (type, exact); and the two fastest ways of plain decoding as {name: (model, {})}.
 
     Plain decoding comes in bfloat16 and float32, exact and not; each runs a quarter of the prompts. With --compile the models
@@ -146,10 +149,10 @@ def fastest_plain(args, prompts: list[list[int]]):
         plain |= {f"plain, {d}{'' if exact else ', --no-exact'}, eager": load_checkpoint(args.ckpt, DTYPES[d]).pack(exact) for d, exact in ways}
     tried = {name: decode_all(model, prompts[::4], args.tokens, name).tokens_per_second for name, model in plain.items()}
     print("tokens/s on a quarter of the prompts: " + "; ".join(f"{name} {speed:.0f}" for name, speed in tried.items()), flush=True)
-    return dtype, models, {name: (plain[name], {}) for name in sorted(tried, key=tried.get)[-2:]}
+    return dtype, models, {name: (plain[name], {}) for name in sorted(tried, key=tried.__getitem__)[-2:]}
 
 
-def speedup(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
+def speedup(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """Self-speculation against the fastest plain decoding this code can do, alternating, args.runs times each.
 
     The text is compared with exact plain decoding in the same type.
@@ -182,7 +185,7 @@ def speedup(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     }  # fmt: skip
 
 
-def drafters(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
+def drafters(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """Every drafter on one checkpoint: acceptance, tokens per round, speed against the fastest plain decoding, what it costs."""
     dtype, models, contenders = fastest_plain(args, prompts)
     model = models[dtype, True]
@@ -206,7 +209,7 @@ def drafters(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
         extra["two models"] = other
         who["two models"] = ({**base, "drafter": partial(TwoModels, other=other)}, f"{record.get('tokens', 0) / 1e6:.1f}M tokens")
     texts = load_checkpoint(args.ckpt, DTYPES[dtype])
-    attention, mlp, _ = search_skips(texts, torch.tensor([p for p in held_out_prompts(4 * args.prompts, tokenizer, 64)[2 * args.prompts :]]), args.tries, on_try=lambda n, *_: progress(f"search {n}/{args.tries}"))
+    attention, mlp, _ = search_skips(texts, torch.tensor(held_out_prompts(4 * args.prompts, tokenizer, 64)[2 * args.prompts :]), args.tries, on_try=lambda n, *_: progress(f"search {n}/{args.tries}"))
     progress("")
     print(f"Draft & Verify leaves out attention {sorted(attention)} and MLP {sorted(mlp)}")
     who[f"skip {len(attention)} attention, {len(mlp)} MLP"] = ({**base, "drafter": partial(SkipLayers, attention=attention, mlp=mlp)}, f"{args.tries} tries")
@@ -214,8 +217,8 @@ def drafters(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     made: dict[str, Drafter] = {}
     more = {name: sum(p.numel() for p in module.parameters()) for name, module in extra.items()}
 
-    def kept(name, maker):
-        def make(*given):
+    def kept(name: str, maker: Callable[..., Drafter]) -> Callable[..., Drafter]:
+        def make(*given: Any) -> Drafter:
             made[name] = maker(*given)
             return made[name]
 
@@ -226,7 +229,7 @@ def drafters(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
         exact[name] = (model, {**settings, "drafter": kept(name, maker)})
     speeds, last = alternate(args, prompts, exact)
     middle = {name: statistics.median(values) for name, values in speeds.items()}
-    fastest = max(contenders, key=middle.get)
+    fastest = max(contenders, key=middle.__getitem__)
     rows = [f"{args.ckpt.name}, {len(prompts)} held-out prompts x {args.tokens} tokens, medians of {args.runs} alternating runs; the fastest plain decoding is {fastest.removeprefix('plain, ')}: {middle[fastest]:.0f} tokens/s.", ""]
     rows += ["| drafter | accepted | tokens per round | speed against plain | lowest to highest | extra parameters | extra memory | training |", "|---|---|---|---|---|---|---|---|"]
     report = {}
@@ -239,8 +242,11 @@ def drafters(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     return report
 
 
-def auto(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
-    """--exit auto against fixed settings, on four kinds of text: each kind's best fixed setting, and the best over all."""
+def auto(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
+    """--exit auto against fixed settings, on four kinds of text: each kind's best fixed setting, and the best over all.
+
+    Fewer than 4 prompts, one a kind, are refused (ValueError).
+    """
     model = load_checkpoint(args.ckpt, dtype_of(args)).pack(compile=args.compile)
     each = args.prompts // 4
     if each < 1:
@@ -257,7 +263,7 @@ def auto(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     fixed = {f"E = {e}, d = {d}": dict(exit_layer=e, draft_len=d, min_confidence=confidence) for e in args.exits or [2, 3, 4, 6, 8] for d in args.drafts or [2, 4, 8, 15]}
     choices = {"plain": {}, **fixed, "auto": dict(draft_len=MAX_ROWS - 1, min_confidence=confidence, drafter=partial(AutoExit, exit_layer=base["exit_layer"]))}
     decode_all(model, prompts[:1], 32, **choices["auto"])
-    speeds = {name: {kind: [] for kind in kinds} for name in choices}
+    speeds: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in kinds} for name in choices}
     for turn in range(args.runs):
         for name, settings in choices.items():
             for kind, texts in kinds.items():
@@ -284,7 +290,7 @@ def docstrings(tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]
 
 
 @torch.inference_mode()
-def coupling(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
+def coupling(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """What exact reproducibility costs in sampling: how often the same Gumbel noise makes exit and full model agree, against
     1 - TV(p, q), which rejection sampling reaches; averages over the positions of the held-out prompts."""
     model, report = load_checkpoint(args.ckpt, torch.float32), {}
@@ -306,7 +312,7 @@ def coupling(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     return report
 
 
-def peers(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
+def peers(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """transformers on the same checkpoint, prompts, type, exit and draft length: plain decoding and assistant_early_exit.
 
     Both sides decode greedily with a cache, prompt included in the time; each side's drafted text is compared with its own
@@ -325,7 +331,7 @@ def peers(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     theirs.generation_config.num_assistant_tokens_schedule = "constant"
     theirs.generation_config.assistant_confidence_threshold = settings["min_confidence"]
 
-    def generated(count: int = args.tokens, **how) -> Run:
+    def generated(count: int = args.tokens, **how: Any) -> Run:
         total = Run()
         for prompt in prompts:
             started = time.perf_counter()
@@ -347,7 +353,8 @@ def peers(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     for name in sides:
         progress(f"warming up: {name}")
         generated(8, **(assist if "early" in name else {})) if "transformers" in name else decode_all(model, prompts[:1], 8)
-    speeds, last = {name: [] for name in sides}, {}
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
+    last = {}
     for turn in range(args.runs):
         for name, decoded in sides.items():
             progress(f"turn {turn + 1}/{args.runs}: {name}")
@@ -366,7 +373,7 @@ def peers(args, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     return found
 
 
-def train(args, tokenizer: Tokenizer, prompts) -> dict:
+def train(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """Training tokens/s of the shipped shape: transformers' LlamaForCausalLM in a plain loop, eager and compiled, and the
     recipes plain and layerskip of train.py. Same batch, AdamW, bfloat16 autocast where the hardware has it; alternating turns of ten steps."""
     import transformers
@@ -375,7 +382,7 @@ def train(args, tokenizer: Tokenizer, prompts) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
 
-        def ours(*recipe: str):
+        def ours(*recipe: str) -> Callable[[], object]:
             out = Path(folder, recipe[1])
             options = training.parser().parse_args(["--out", str(out), "--steps", "100000", *recipe])
             run = training.Run(options)
@@ -390,7 +397,7 @@ def train(args, tokenizer: Tokenizer, prompts) -> dict:
 
         bf16 = auto_dtype(torch.device("cpu")) == torch.bfloat16
 
-        def theirs(compiled: bool):
+        def theirs(compiled: bool) -> Callable[[], object]:
             model = transformers.LlamaForCausalLM(config)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
             forward = torch.compile(model) if compiled else model
@@ -416,7 +423,7 @@ def train(args, tokenizer: Tokenizer, prompts) -> dict:
             for _ in range(4):
                 progress(f"warming up: {name}")
                 step()
-        speeds = {name: [] for name in steps}
+        speeds: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(args.runs):
             for name, step in steps.items():
                 progress(f"turn {turn + 1}/{args.runs}: {name}")
@@ -433,7 +440,10 @@ def train(args, tokenizer: Tokenizer, prompts) -> dict:
 
 
 def file_prompts(file: Path, tokenizer: Tokenizer) -> list[list[int]]:
-    """Prompts of a text file, where blank lines part them, or of a .jsonl file, each line an object with "prompt"."""
+    """Prompts of a text file, where blank lines part them, or of a .jsonl file, each line an object with "prompt".
+
+    Raises ValueError, one line, where it has none.
+    """
     text = file.read_text(encoding="utf-8")
     found = [part.strip("\n") for part in re.split(r"\n[ \t]*\n", text)]
     if file.suffix == ".jsonl":
@@ -447,11 +457,12 @@ def file_prompts(file: Path, tokenizer: Tokenizer) -> list[list[int]]:
     return prompts
 
 
-def numbers(kind=int):
+def numbers(kind: Callable = int) -> Callable[[str], list]:
+    """An argparse type for numbers with commas between."""
     return lambda text: [kind(v) for v in text.split(",")]
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "ckpt": dict(type=Path, default=DEFAULT_CKPT, metavar="DIR", help="checkpoint (default: the shipped one)"),
     "shape": dict(type=lambda text: text.split(","), metavar="NAME,...", help=f"random weights of these shapes instead of a checkpoint: {', '.join(SHAPES)}"),
     "prompts": dict(type=int, default=20, metavar="N", help="held-out prompts (default %(default)s)"),
@@ -472,7 +483,7 @@ OPTIONS = {
     "png": dict(type=Path, metavar="FILE", help="draw the speedups as a heat map (needs matplotlib)"),
     "json": dict(metavar="FILE", help="also write the figures to FILE"),
 }
-COMMANDS = {  # the function, its options beside --ckpt and --json, defaults that are its own
+COMMANDS: dict[str, tuple[Callable, str, dict[str, Any]]] = {  # the function, its options beside --ckpt and --json, defaults that are its own
     "sweep": (sweep, "prompts prompts-file tokens exits drafts min-confidence dtype compile csv png", {}),
     "speedup": (speedup, "prompts prompts-file tokens runs exits drafts min-confidence dtype compile", {}),
     "drafters": (drafters, "prompts prompts-file tokens runs exits drafts min-confidence dtype adapter draft-ckpt tries compile", {}),
@@ -490,6 +501,7 @@ COMMANDS = {  # the function, its options beside --ckpt and --json, defaults tha
 
 
 def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
     p = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, (work, options, defaults) in COMMANDS.items():
@@ -517,9 +529,9 @@ def main() -> None:
     except (CheckpointError, ValueError, OSError, ImportError) as error:
         progress("")
         print(f"bench.py: {str(error).splitlines()[0]}", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
-        raise SystemExit(130)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ import os
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -25,6 +27,7 @@ from cache import VIEW, KVQCache
 from decode import DTYPES, Run, Sampling, auto_dtype, drafting_defaults, generate, generation_defaults, gumbel, new_cache, next_token, run, verify
 from drafters import EarlyExit
 from model import MAX_ROWS, MLP, CachedAttention, Config, Llama, RMSNorm, RowLinear, load_checkpoint
+from tokenizer import Tokenizer
 
 SHAPES = {
     "8m": Config(2048, 192, 384, 24, 3, 1, 64, tied=True),  # the shipped checkpoint
@@ -41,6 +44,7 @@ SHAPES = {
 
 
 def progress(text: str) -> None:
+    """Shows text in place of the last, on a terminal alone."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
@@ -65,7 +69,7 @@ def described(values: list[float]) -> dict:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def decode_all(model: Llama, prompts: list[list[int]], count: int, note: str = "", **settings) -> Run:
+def decode_all(model: Llama, prompts: list[list[int]], count: int, note: str = "", **settings: Any) -> Run:
     """One generation of `count` tokens per prompt, as one Run."""
     total = Run()
     for done, prompt in enumerate(prompts):
@@ -76,9 +80,10 @@ def decode_all(model: Llama, prompts: list[list[int]], count: int, note: str = "
     return total
 
 
-def alternate(args, prompts, contenders: dict) -> tuple[dict[str, list[float]], dict[str, Run]]:
+def alternate(args: Namespace, prompts: list[list[int]], contenders: dict) -> tuple[dict[str, list[float]], dict[str, Run]]:
     """tokens/s of each contender {name: (model, settings)}, args.runs times in turn, and its last run."""
-    speeds, last = {name: [] for name in contenders}, {}
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    last = {}
     for turn in range(args.runs):
         for place, (name, (model, extra)) in enumerate(contenders.items()):
             note = f"{bar(turn * len(contenders) + place, args.runs * len(contenders))} {name}:"
@@ -87,7 +92,8 @@ def alternate(args, prompts, contenders: dict) -> tuple[dict[str, list[float]], 
     return speeds, last
 
 
-def dtype_of(args) -> torch.dtype:
+def dtype_of(args: Namespace) -> torch.dtype:
+    """The type that --dtype names; auto as in decode.py."""
     return DTYPES.get(args.dtype) or auto_dtype(torch.device("cpu"))
 
 
@@ -106,12 +112,12 @@ def random_model(config: Config, dtype: torch.dtype, seed: int = 0) -> Llama:
     return model.eval()
 
 
-def load(args, shape: str | None, dtype: torch.dtype) -> Llama:
+def load(args: Namespace, shape: str | None, dtype: torch.dtype) -> Llama:
     """A model that is not packed yet: random weights of `shape`, or the checkpoint where it is None."""
     return random_model(SHAPES[shape], dtype) if shape else load_checkpoint(args.ckpt, dtype)
 
 
-def targets(args) -> Iterator[tuple[str, Llama, dict]]:
+def targets(args: Namespace) -> Iterator[tuple[str, Llama, dict]]:
     """(name, packed model, drafting settings) of the checkpoint, or of each shape that was asked for, one at a time.
 
     Random weights are never sure of a word, so a shape drafts without a confidence.
@@ -123,8 +129,8 @@ def targets(args) -> Iterator[tuple[str, Llama, dict]]:
         del model  # before the next is made
 
 
-def drafting(args, found: dict, config: Config) -> dict:
-    """Drafting settings: what was asked for, else the checkpoint's own."""
+def drafting(args: Namespace, found: dict, config: Config) -> dict:
+    """Drafting settings: what was asked for, else the checkpoint's own. Raises ValueError where the model has no such exit."""
     settings = drafting_defaults(found, config)
     given = {"exit_layer": args.exits and args.exits[0], "draft_len": args.drafts and args.drafts[0], "min_confidence": args.min_confidence}
     settings.update({name: value for name, value in given.items() if value is not None})
@@ -158,10 +164,10 @@ def passes(model: Llama, context: int, exit_layer: int, draft_len: int, sampling
 
 
 @torch.inference_mode()
-def median_seconds(works: dict[str, Callable], repeat: int) -> dict[str, float]:
+def median_seconds(works: dict[Any, Callable], repeat: int) -> dict[Any, float]:
     """Median seconds of each function, in turns after one call that does not count."""
-    taken = {name: [] for name in works}
-    for turn in range(repeat + 1):
+    taken: dict[Any, list[float]] = {name: [] for name in works}
+    for _ in range(repeat + 1):
         for name, work in works.items():
             started = time.perf_counter()
             work()
@@ -200,9 +206,9 @@ def read_bandwidth(size: int, repeat: int = 10) -> tuple[float, str]:
     A vector sum, a matrix times a vector and a maximum, each the best of `repeat`: what none of them reaches no pass will.
     """
     x = torch.ones(-(-size // (4 << 12)), 1 << 12)
-    methods = {"sum": x.sum, "matrix times vector": lambda: torch.mv(x, x[0]), "maximum": x.amax}
+    methods: dict[str, Callable] = {"sum": x.sum, "matrix times vector": lambda: torch.mv(x, x[0]), "maximum": x.amax}
 
-    def best(work) -> float:
+    def best(work: Callable) -> float:
         times = []
         for _ in range(repeat):
             started = time.perf_counter()
@@ -211,11 +217,11 @@ def read_bandwidth(size: int, repeat: int = 10) -> tuple[float, str]:
         return min(times)
 
     seconds = {name: best(work) for name, work in methods.items()}
-    fastest = min(seconds, key=seconds.get)
+    fastest = min(seconds, key=seconds.__getitem__)
     return x.nbytes / seconds[fastest], fastest
 
 
-def roofline(args, tokenizer, prompts) -> dict:
+def roofline(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """Bytes that each kind of pass must read, against the bandwidth that was measured a moment before.
 
     The bandwidth is that of a buffer as large as the model: small models live in the processor's cache, which is faster
@@ -223,7 +229,7 @@ def roofline(args, tokenizer, prompts) -> dict:
     """
     memory, method = read_bandwidth(1 << 30)
     print(f"read bandwidth: {memory / 1e9:.1f} GB/s over 1 GiB ({method}), {torch.get_num_threads()} threads")
-    report = {"bandwidth": memory}
+    report: dict = {"bandwidth": memory}
     for name, model, s in targets(args):
         c, size, exit_layer, rows = model.config, model.dtype.itemsize, s["exit_layer"], s["draft_len"] + 1
         works = passes(model, args.context, exit_layer, rows - 1)
@@ -273,6 +279,7 @@ def find_damping(acceptance: Callable[[float], float], target: float, close: flo
     """The damping at which acceptance(damping), which falls from 1 at 0, is about `target`: a bracket, then bisection.
 
     acceptance is measured on short runs, so it is noisy: the search ends within `close` or after `tries` halvings.
+    Raises ValueError where no damping brings it down.
     """
     low, high = 0.0, 0.5
     while (found := acceptance(high)) > target:
@@ -296,11 +303,12 @@ class Damped:
         self.model = model.pack()
 
     def damp(self, damping: float) -> None:
+        """Sets the damping, whatever it was."""
         for layer, out, down in self.late:  # packed anew, so that a damped product costs what any product costs
-            layer.self_attn.out, layer.mlp.down = (RowLinear(SimpleNamespace(weight=w * damping)) for w in (out, down))
+            layer.self_attn.out, layer.mlp.down = (RowLinear(SimpleNamespace(weight=w * damping)) for w in (out, down))  # type: ignore[arg-type]  # only the weight is read
 
 
-def ideal(args, tokenizer, prompts) -> dict:
+def ideal(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """Measured speedup against the ideal one at set acceptances, on random weights, sampled so that the text is not a loop.
 
     Only rounds of a full draft count, and prefill does not. The costs are medians of passes timed alone, in the same run.
@@ -308,14 +316,14 @@ def ideal(args, tokenizer, prompts) -> dict:
     return {shape: ideal_of(args, shape, prompts) for shape in args.shape or ["1b"]}
 
 
-def ideal_of(args, shape: str, prompts: list[list[int]]) -> dict:
+def ideal_of(args: Namespace, shape: str, prompts: list[list[int]]) -> dict:
     """`ideal` for one shape."""
     model = load(args, shape, dtype_of(args))
     s = drafting(args, {"num_assistant_tokens": 4, "assistant_confidence_threshold": 0.0}, model.config)
     exit_layer, draft_len, sampling = s["exit_layer"], s["draft_len"], Sampling(1.0)
     damped, report, shown = Damped(model, exit_layer), {}, []
 
-    def drafted(texts, note: str) -> tuple[Run, list]:
+    def drafted(texts: list[list[int]], note: str) -> tuple[Run, list]:
         """A run, and its rounds of a full draft."""
         r = decode_all(model, texts, args.tokens, note, exit_layer=exit_layer, draft_len=draft_len, sampling=sampling)
         return r, [one for one in r.rounds if len(one.drafted) == draft_len]
@@ -361,7 +369,7 @@ def ideal_of(args, shape: str, prompts: list[list[int]]) -> dict:
 # exactness, scale
 
 
-def exactness(args, tokenizer, prompts) -> dict:
+def exactness(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """Plain decoding with and without the promise of equal bits, alternating; one type and one model at a time."""
     report, rows = {}, []
     for shape in args.shape or [None]:
@@ -385,10 +393,11 @@ CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
-def scale(args, tokenizer, prompts) -> dict:
+def scale(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """Milliseconds of a plain step as the context grows, attention apart from the rest; as the model grows; and of a full pass
     as its rows grow."""
-    args.shape, report, tables = args.shape or list(SHAPES), {}, ([], [], [])
+    args.shape, report = args.shape or list(SHAPES), {}
+    tables: tuple[list, list, list] = ([], [], [])
     for name, model, _ in targets(args):
         c, size, found = model.config, model.dtype.itemsize, {}
         for done, context in enumerate(CONTEXTS):
@@ -402,8 +411,7 @@ def scale(args, tokenizer, prompts) -> dict:
                 parts.append([clock.seconds[None, phase] for phase in ("attention", "rest")])
             found[context] = [statistics.median(v) for v in zip(*parts)]
         progress(f"{name}, rows")
-        rows = {n: passes(model, 128, 0, n - 1)["verify"] for n in ROWS}
-        rows = median_seconds(rows, args.runs)
+        rows = median_seconds({n: passes(model, 128, 0, n - 1)["verify"] for n in ROWS}, args.runs)
         progress("")
         report[name] = {"context": found, "rows": rows}
         count, read = layer_bytes(c, c.n_layers, 1) + head_bytes(c, 1), pass_bytes(c, c.n_layers, 129, size)
@@ -425,7 +433,7 @@ def scale(args, tokenizer, prompts) -> dict:
 
 
 @contextmanager
-def silent_stderr():
+def silent_stderr() -> Iterator[None]:
     """The profiler's library announces itself on stderr, which nothing else turns off."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -433,7 +441,8 @@ def silent_stderr():
         yield
     finally:
         os.dup2(kept, 2)
-        os.close(kept), os.close(nowhere)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def peak_bytes(work: Callable) -> int:
@@ -465,7 +474,7 @@ def cache_bytes(c: Config, length: int, draft_len: int, itemsize: int) -> int:
     return kv_bytes(c, c.n_layers, -(-length // VIEW) * VIEW, itemsize) + itemsize * (draft_len + 1) * c.dim
 
 
-def memory(args, tokenizer, prompts) -> dict:
+def memory(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """Peak of PyTorch's allocations above the weights, plain and drafted, against a formula: the cache and the widest pass.
 
     Drafting may add its d + 1 exit queries and what a pass of d + 1 rows holds: no more.
@@ -473,6 +482,7 @@ def memory(args, tokenizer, prompts) -> dict:
     report, rows, notes, verdicts = {}, [], [], []
     prompt, end = prompts[0], len(prompts[0]) + args.tokens
     for name, model, s in targets(args):
+        assert model.head  # it is packed
         c, size, draft_len = model.config, model.dtype.itemsize, s["draft_len"]
         s["min_confidence"] = 0.0  # full drafts, the most that can be held
         peaks = []
@@ -503,10 +513,13 @@ class Clock:
     """Time of wrapped functions by (side, phase), each without that of wrapped functions inside it."""
 
     def __init__(self):
-        self.seconds, self.calls = defaultdict(float), Counter()
-        self.side, self.inside = None, []  # inside: for each running function, the seconds of those that it called
+        self.seconds: dict[tuple, float] = defaultdict(float)
+        self.calls: Counter[tuple] = Counter()
+        self.side: str | None = None
+        self.inside: list[float] = []  # for each running function, the seconds of those that it called
 
     def timed(self, phase: str, work: Callable, side: str | None = None) -> Callable:
+        """`work` with its time counted under a phase; on a side, it and what it calls, or on that of its caller."""
         def call(*given, **named):
             self.side, outer = side or self.side, self.side
             self.inside.append(0.0)
@@ -524,7 +537,7 @@ class Clock:
         return call
 
     @contextmanager
-    def patched(self, *places):
+    def patched(self, *places: tuple) -> Iterator[None]:
         """Times owner.name under a phase, and on a side, for each (owner, name, phase[, side]); puts all back at the end."""
         with ExitStack() as stack:
             for owner, name, phase, *side in places:
@@ -550,7 +563,7 @@ PHASES = (
 )
 
 
-def profile(args, tokenizer, prompts) -> dict:
+def profile(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """Where the time of drafting and verification goes, by timers around the parts of the engine, in one process."""
     report = {}
     for name, model, s in targets(args):

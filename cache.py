@@ -73,13 +73,13 @@ class KVQCache:
         self.queries[row] = query
 
     def accept(self, rows: int) -> None:
-        """Makes the first `rows` rows after `length` live: they have been through every layer and stay."""
+        """Makes the first `rows` rows after `length` live: they have been through every layer and stay. ValueError where they do not fit."""
         if not 0 <= self.length + rows <= self.max_len:
             raise ValueError(f"cannot accept {rows} rows after {self.length} of {self.max_len} positions")
         self.length += rows
 
     def rewind(self, length: int) -> None:
-        """Forgets every position from `length` on, for a caller who goes back in the text."""
+        """Forgets every position from `length` on, for a caller who goes back in the text; ValueError where it is not live."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: {self.length} positions are live")
         self.length = length

@@ -42,6 +42,7 @@ class Document:
 
     @property
     def held_out(self) -> bool:
+        """Whether training leaves this document to evaluation."""
         if self.kept_back is not None:
             return self.kept_back
         digest = hashlib.sha256(self.name.encode()).digest()
@@ -75,7 +76,7 @@ def read_files(files: Iterable[Path]) -> Iterator[Document]:
 
 
 def read_lines(path: Path) -> Iterator[Document]:
-    """Each line of a JSONL file with "text", or "prompt" and "completion", as a document."""
+    """Each line of a JSONL file with "text", or "prompt" and "completion", as a document; ValueError, one line, where one has neither."""
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -117,7 +118,8 @@ def read_corpus(sources: list[str]) -> Iterator[Document]:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
     """Trains a sentencepiece BPE tokenizer that gives back every character but U+2581, its own sign for a space: byte
-    fallback, no normalisation, no dummy prefix, runs of spaces as pieces, newline a piece of its own. Writes `path`."""
+    fallback, no normalisation, no dummy prefix, runs of spaces as pieces, newline a piece of its own. Writes `path`.
+    Raises ValueError where the text has not enough pieces for the size."""
     lines = (line for text in texts for line in text.split("\n") if line and "\0" not in line)
     model = io.BytesIO()
     try:
@@ -160,6 +162,7 @@ class Tokens:
 
     @staticmethod
     def dtype(vocab_size: int) -> type:
+        """The type of ids on disk: the smallest that holds the vocabulary."""
         return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
     def crops(self, batch: int, length: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
@@ -176,7 +179,7 @@ class Tokens:
 def write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, folder: Path) -> tuple[Tokens, Tokens]:
     """Encodes each document as BOS, tokens, EOS into folder/train.bin or folder/held_out.bin; returns both.
 
-    A .mask file beside it says which ids have a loss, when some have none.
+    A .mask file beside it says which ids have a loss, when some have none. Raises ValueError where a file stays empty.
     """
     dtype, names = Tokens.dtype(tokenizer.vocab_size), ("train", "held_out")
     files = {name: (open(folder / f"{name}.bin", "wb"), open(folder / f"{name}.mask", "wb")) for name in names}
@@ -200,7 +203,7 @@ def write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, folder: Pa
 
 
 def held_out_prompts(count: int, tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """`count` prompts of `length` tokens (BOS first) from held-out files, each ending with the first line of a function.
+    """`count` prompts of `length` tokens (BOS first, where there is one) from held-out files, each ending with the first line of a function.
 
     They take turns: one from every file before a second from any.
     """
@@ -210,4 +213,5 @@ def held_out_prompts(count: int, tokenizer: Tokenizer, length: int) -> list[list
         picked = heads[len(heads) // 8 :: max(1, len(heads) // 4)][:4]
         places += [(turn, text[:place]) for turn, place in enumerate(picked)]
     places.sort(key=lambda p: p[0])
-    return [[tokenizer.bos] + tokenizer.encode(text[-8 * length :], bos=False)[1 - length :] for _, text in places[:count]]
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    return [start + tokenizer.encode(text[-8 * length :], bos=False)[len(start) - length :] for _, text in places[:count]]

@@ -21,7 +21,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -44,7 +44,10 @@ from tokenizer import Stream, Tokenizer
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from logits. temperature 0 is greedy; top_k 0 and top_p 1 keep the whole vocabulary."""
+    """How a token is chosen from logits. temperature 0 is greedy; top_k 0 and top_p 1 keep the whole vocabulary.
+
+    Raises ValueError, one line, on a number out of its range.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -111,18 +114,18 @@ class Round:
     depth: int  # layers behind the emitted tokens: L, or where a lossy early exit left
 
 
-def verify(model: Llama, cache: KVQCache, tokens: list[int], exit_layer: int, depth: int, watch=()) -> tuple[Tensor, dict[int, Tensor]]:
+def verify(model: Llama, cache: KVQCache, tokens: list[int], exit_layer: int, depth: int, watch: Iterable[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
     """Logits (len(tokens), vocab) after layer `depth` for tokens at the positions that follow the live ones: one pass.
 
     Starts at exit_layer from the exit queries that the draft left, or at the embedding when exit_layer is 0. Also returns the
     hidden states (len(tokens), dim) behind those numbers of layers in `watch`, for a drafter that learns.
     """
     h = cache.queries[: len(tokens)].clone() if exit_layer else model.embed(torch.tensor(tokens, device=model.device))
-    hidden = dict.fromkeys(watch)
+    hidden: dict = dict.fromkeys(watch)
     return model.unembed(model.run_layers(h, exit_layer, depth, cache, cache.length, hidden)), hidden
 
 
-def accept(drafted: list[int], logits: Tensor, position: int, pick: Pick, eos) -> list[int]:
+def accept(drafted: list[int], logits: Tensor, position: int, pick: Pick, eos: Collection[int]) -> list[int]:
     """The tokens that the full model emits from `position` on: its own, as long as the draft foresaw them, and one more.
 
     logits (len(drafted) + 1, vocab). Nothing is emitted after an EOS.
@@ -204,7 +207,9 @@ def generate(
 
 
 @torch.inference_mode()
-def _rounds(model, cache, tokens, drafter, depth, draft_len, end, sampling, eos) -> Iterator[Round]:
+def _rounds(
+    model: Llama, cache: KVQCache, tokens: list[int], drafter: Drafter | None, depth: int, draft_len: int, end: int, sampling: Sampling, eos: Collection[int]
+) -> Iterator[Round]:
     """The draft-verify loop; `depth` is the layer whose word counts (L, or E for unverified early exit)."""
 
     def pick(logits: Tensor, position: int) -> int:
@@ -213,7 +218,8 @@ def _rounds(model, cache, tokens, drafter, depth, draft_len, end, sampling, eos)
     prefill(model, cache, tokens[:-1], depth)
     while len(tokens) < end:
         started = time.perf_counter()
-        drafted, exit_layer = [], 0
+        drafted: list[int] = []
+        exit_layer = 0
         if drafter:
             limit = min(draft_len, end - len(tokens) - 1)  # a round emits one token more than it drafts
             drafted, exit_layer = drafter.draft(tokens, limit, pick)
@@ -232,7 +238,9 @@ def _rounds(model, cache, tokens, drafter, depth, draft_len, end, sampling, eos)
 
 
 @torch.inference_mode()
-def _confident(model, cache, tokens, exit_layer, end, sampling, confidence, eos) -> Iterator[Round]:
+def _confident(
+    model: Llama, cache: KVQCache, tokens: list[int], exit_layer: int, end: int, sampling: Sampling, confidence: float, eos: Collection[int]
+) -> Iterator[Round]:
     """LITE's dynamic early exit (arXiv 2310.18581, section 4): a token leaves at the first exit that is sure of it.
 
     Exits are exit_layer and every eighth of the layers after it; sure is a top probability of at least `confidence`. The
@@ -282,6 +290,7 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float:
+        """New tokens per second of generation, prefill included."""
         return len(self.ids) / max(self.seconds, 1e-9)
 
     @property
@@ -303,7 +312,7 @@ class Run:
         return " | ".join(parts)
 
 
-def run(rounds: Iterator[Round], on_round=None, into: Run | None = None, keep_logits: bool = False) -> Run:
+def run(rounds: Iterator[Round], on_round: Callable[[Round], None] | None = None, into: Run | None = None, keep_logits: bool = False) -> Run:
     """Runs a generation to its end, calling on_round after each round; on_round's time is not counted, prefill's is.
 
     `into` collects the rounds, so that a caller who is interrupted has what was done. Logits are let go as rounds end,
@@ -322,7 +331,10 @@ def run(rounds: Iterator[Round], on_round=None, into: Run | None = None, keep_lo
 
 
 def generation_defaults(ckpt: Path) -> dict:
-    """What generation_config.json says, under transformers' own keys: EOS ids, exit layer, draft length, confidence."""
+    """What generation_config.json says, under transformers' own keys: EOS ids, exit layer, draft length, confidence.
+
+    Raises CheckpointError, one line, where one of them is of the wrong kind.
+    """
     file = ckpt / "generation_config.json"
     if not file.exists():
         return {}
@@ -330,7 +342,7 @@ def generation_defaults(ckpt: Path) -> dict:
         found = parse_object(file.read_text(encoding="utf-8"), file.name)
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
-    kinds = {"assistant_early_exit": int, "num_assistant_tokens": int, "assistant_confidence_threshold": (int, float), "eos_token_id": (int, list)}
+    kinds: dict[str, type | tuple[type, ...]] = {"assistant_early_exit": int, "num_assistant_tokens": int, "assistant_confidence_threshold": (int, float), "eos_token_id": (int, list)}
     found = {key: found[key] for key in kinds if found.get(key) is not None}
     for key, value in found.items():
         items = value if isinstance(value, list) else [value]
@@ -340,6 +352,7 @@ def generation_defaults(ckpt: Path) -> dict:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
     p = argparse.ArgumentParser(
         prog="decode.py",
         description="Generate text from an early-exit Llama: draft with its first layers, verify with the rest. "
@@ -391,6 +404,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt: standard input, --prompt, or the default one. Raises ValueError where it is not UTF-8."""
     if args.stdin:
         if sys.stdin is None:
             raise ValueError("standard input is closed")
@@ -412,7 +426,7 @@ def exit_choice(text: str) -> int | str:
 
 
 def sublayers(text: str) -> dict[str, set[int]]:
-    """The sublayers of --skip: "attn:3,4,mlp:7" -> {"attention": {3, 4}, "mlp": {7}}."""
+    """The sublayers of --skip: "attn:3,4,mlp:7" -> {"attention": {3, 4}, "mlp": {7}}. ValueError where the text is no such list."""
     found: dict[str, set[int]] = {"attention": set(), "mlp": set()}
     kind = ""
     try:
@@ -426,7 +440,10 @@ def sublayers(text: str) -> dict[str, set[int]]:
 
 
 def choose_drafter(args: argparse.Namespace, model: Llama, settings: dict) -> str:
-    """Puts who drafts, and the defaults that go with it, into settings; returns its name. "" when nobody does."""
+    """Puts who drafts, and the defaults that go with it, into settings; returns its name. "" when nobody does.
+
+    Raises ValueError on options that do not go together.
+    """
     layers, name = model.config.n_layers, "early exit"
     auto = args.exit == "auto"
     if auto:
@@ -447,7 +464,8 @@ def choose_drafter(args: argparse.Namespace, model: Llama, settings: dict) -> st
         other = load_checkpoint(args.draft_ckpt, model.dtype, model.device)
         name, settings["drafter"] = "two models", partial(TwoModels, other=other)
     elif args.skip is not None:
-        name, settings["drafter"] = "skip layers", partial(SkipLayers, **sublayers(args.skip))
+        skipped = sublayers(args.skip)
+        name, settings["drafter"] = "skip layers", partial(SkipLayers, attention=skipped["attention"], mlp=skipped["mlp"])
     elif args.lookup or args.jacobi:
         name, settings["drafter"] = ("prompt lookup", PromptLookup) if args.lookup else ("jacobi", Jacobi)
     for key, given in (("exit_layer", args.exit), ("draft_len", args.draft), ("min_confidence", args.min_confidence)):
@@ -460,16 +478,14 @@ def choose_drafter(args: argparse.Namespace, model: Llama, settings: dict) -> st
 
 
 def layer_list(text: str, layers: int) -> list[int]:
-    """Layer numbers of "0,2,5" and slices such as "0::2"."""
-    kept = []
+    """Layer numbers of "0,2,5" and slices such as "0::2"; ValueError where the text is no such list."""
+    kept: list[int] = []
     try:
         for part in text.split(","):
             numbers = [int(n) if n.strip() else None for n in part.split(":")]
-            kept += numbers if len(numbers) == 1 else range(layers)[slice(*numbers)]
+            kept += [int(part)] if len(numbers) == 1 else range(layers)[slice(*numbers)]
     except (ValueError, TypeError):
         raise ValueError(f"--keep-layers takes layers such as 0,2,5 or slices such as 0::2, not {text!r:.40}") from None
-    if None in kept:
-        raise ValueError(f"--keep-layers takes layers such as 0,2,5 or slices such as 0::2, not {text!r:.40}")
     return kept
 
 
@@ -510,7 +526,7 @@ CLASHES = [
 
 
 def check_modes(given: set[str]) -> None:
-    """Refuses options, by their names in argparse's namespace, that make no sense together."""
+    """Refuses (ValueError) options, by their names in argparse's namespace, that make no sense together."""
     for modes, clashing, why in CLASHES:
         if modes & given and clashing & given:
             mode, other = ("-" if name == "stdin" else "--" + name.replace("_", "-") for name in (min(modes & given), min(clashing & given)))
@@ -518,11 +534,11 @@ def check_modes(given: set[str]) -> None:
 
 
 def decode(args: argparse.Namespace) -> None:
-    """The command: load, generate, show."""
+    """The command: load, generate, show. Raises ValueError or CheckpointError, one line, on what cannot run."""
     check_modes({name for name, value in vars(args).items() if value != parser().get_default(name)})
     lens = args.lens or args.lens_png
-    text = None if args.interactive else read_prompt(args)
-    if text == "":
+    text = "" if args.interactive else read_prompt(args)
+    if not text and not args.interactive:
         raise ValueError("the prompt is empty")
     device = usable_device(args.device)
     if not args.ckpt.is_dir():
@@ -617,7 +633,7 @@ def comparison(result: Run, full: Run) -> str:
     """One sentence: the same tokens or not, and the ratio of the speeds."""
     speedup = result.tokens_per_second / full.tokens_per_second
     if result.ids == full.ids:
-        same_bits = torch.equal(*(torch.cat([r.logits for r in run.rounds]) for run in (result, full)))
+        same_bits = torch.equal(*(torch.cat([r.logits for r in run.rounds if r.logits is not None]) for run in (result, full)))
         bits = ", logits equal to the last bit" if same_bits else ""
         return f"identical to the full model ({len(full.ids)} tokens{bits}), {speedup:.2f} times its speed"
     first = next((i for i, (a, b) in enumerate(zip(result.ids, full.ids)) if a != b), min(len(result.ids), len(full.ids)))
@@ -643,7 +659,10 @@ def as_json(result: Run, tokenizer: Tokenizer, prompt_ids: list[int], settings: 
 
 
 def converse(model: Llama, tokenizer: Tokenizer, settings: dict, shown: type[Show] | type[Trace]) -> None:
-    """Reads prompts until the end of input; a prompt that cannot run is said so, and the next one is asked for."""
+    """Reads prompts until the end of input; a prompt that cannot run is said so, and the next one is asked for.
+
+    Raises ValueError on settings that cannot run with any prompt, and where the input is not UTF-8.
+    """
     generate(model, [0], **settings)  # settings that cannot run are said so before the first prompt
     while True:
         try:
@@ -676,13 +695,13 @@ def main() -> None:
     try:
         decode(parser().parse_args())
     except KeyboardInterrupt:
-        raise SystemExit(130)
+        raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of stdout has gone; nothing is left to say to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
+        raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         print(f"decode.py: {str(error).splitlines()[0]}", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

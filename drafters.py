@@ -11,14 +11,14 @@ A drafter of one's own is a class with a `draft` method; Kangaroo's is in kangar
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from cache import KVQCache
-from model import MAX_ROWS, CachedAttention, Llama, batch_attention, prefill
+from model import MAX_ROWS, CachedAttention, Llama, Product, batch_attention, prefill
 
 Pick = Callable[[Tensor, int], int]  # (logits (vocab,), position) -> token
 
@@ -46,14 +46,15 @@ class Drafter:
         """Told after each verification: `emitted` follows `tokens`; logits (rows, vocab) and watched hidden states (rows, dim)
         are those of tokens[-1] and of every guess, right or wrong."""
 
-    def chain(self, step, unembed, token: int, limit: int, pick: Pick) -> list[int]:
+    def chain(self, step: Callable[[int, int], Tensor], unembed: Product, token: int, limit: int, pick: Pick) -> list[int]:
         """Guesses one token after the other: step(token, row) -> hidden state (1, dim), unembed(h) -> logits (1, vocab).
 
         Stops early where the top probability is at or below min_confidence; the doubtful token is not drafted (the second
         early exit of Kangaroo, arXiv 2404.18911). Nothing is drafted after an EOS. The last guess is run too, unread, so
         that its keys and values are there.
         """
-        drafted, position = [], self.cache.length + 1
+        drafted: list[int] = []
+        position = self.cache.length + 1
         for row in range(limit + 1):
             h = step(token, row)
             if row == limit or (drafted and token in self.eos):
@@ -71,21 +72,23 @@ class Drafter:
         return 0
 
     def embed(self, token: int) -> Tensor:
+        """The hidden state (1, dim) that enters the model's first layer for a token."""
         return self.model.embed(torch.tensor([token], device=self.model.device))
 
 
 class EarlyExit(Drafter):
     """The model's own first E layers and its own head (LayerSkip, arXiv 2404.16710, section 4.3)."""
 
-    def __init__(self, model: Llama, cache: KVQCache, eos=(), min_confidence: float = 0.0, *, exit_layer: int):
+    def __init__(self, model: Llama, cache: KVQCache, eos: tuple[int, ...] = (), min_confidence: float = 0.0, *, exit_layer: int):
         super().__init__(model, cache, eos, min_confidence)
         self.exit_layer = exit_layer
 
-    def draft(self, tokens, limit, pick):
+    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
         drafted = self.chain(self.step, self.model.unembed, tokens[-1], limit, pick)
         return drafted, self.exit_layer
 
     def step(self, token: int, row: int, seen: dict | None = None) -> Tensor:
+        """Draft row `row`: the hidden state (1, dim) that enters layer E for its token, kept as its exit query. `seen` as in run_layers."""
         h = self.model.run_layers(self.embed(token), 0, self.exit_layer, self.cache, self.cache.length + row, seen)
         self.cache.put_query(row, h[0])
         return h
@@ -103,26 +106,26 @@ class AutoExit(EarlyExit):
     EVERY = 4
     MEMORY = 48.0  # verified rows after which a trial counts 1/e
 
-    def __init__(self, model: Llama, cache: KVQCache, eos=(), min_confidence: float = 0.0, *, exit_layer: int | None = None):
+    def __init__(self, model: Llama, cache: KVQCache, eos: tuple[int, ...] = (), min_confidence: float = 0.0, *, exit_layer: int | None = None):
         layers = model.config.n_layers
         super().__init__(model, cache, eos, min_confidence, exit_layer=exit_layer or max(1, layers // 4))
         self.exits = sorted({max(1, round(layers * share)) for share in (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)} | {self.exit_layer})
         self.exits = [e for e in self.exits if e < layers]
         self.draft_len, self.turn, self.trying = 4, -1, True
-        self.trials, self.sure, self.right = ({e: 0.0 for e in self.exits} for _ in range(3))
+        self.trials, self.sure, self.right = (dict.fromkeys(self.exits, 0.0) for _ in range(3))
         self.early: list[dict] = []  # of each draft row: its hidden states behind the exits up to exit_layer
 
-    def draft(self, tokens, limit, pick):
+    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
         self.turn += 1
         self.trying, self.early = self.turn % self.EVERY == 0, []
         self.watch = tuple(e for e in self.exits if e > self.exit_layer) if self.trying else ()
         return super().draft(tokens, min(limit, self.draft_len), pick)
 
-    def step(self, token, row, seen=None):
+    def step(self, token: int, row: int, seen: dict | None = None) -> Tensor:
         self.early.append(dict.fromkeys(e for e in self.exits if e <= self.exit_layer) if self.trying else {})
         return super().step(token, row, self.early[-1])
 
-    def verified(self, tokens, emitted, logits, hidden, pick):
+    def verified(self, tokens: list[int], emitted: list[int], logits: Tensor, hidden: dict[int, Tensor], pick: Pick) -> None:
         if not self.trying:
             return
         rows = len(emitted)
@@ -158,7 +161,7 @@ class AutoExit(EarlyExit):
 _measured: WeakKeyDictionary = WeakKeyDictionary()
 
 
-def pass_seconds(model: Llama):
+def pass_seconds(model: Llama) -> tuple[Callable[[float], float], Callable[[float], float]]:
     """Two functions of the number of rows: seconds for one layer and for embedding, head and choice; measured once per model."""
     if model not in _measured:
         c, layers = model.config, model.config.n_layers
@@ -174,7 +177,7 @@ def pass_seconds(model: Llama):
                 taken.append(time.perf_counter() - started)
             return sorted(taken)[repeat // 2]
 
-        def line(one: float, many: float):
+        def line(one: float, many: float) -> Callable[[float], float]:
             slope = max(many - one, 0.0) / 7
             return lambda rows: one + slope * (rows - 1)
 
@@ -187,29 +190,31 @@ def pass_seconds(model: Llama):
 
 class SkipLayers(Drafter):
     """The model without some of its attention and MLP sublayers (Draft & Verify, arXiv 2309.08168). No extra memory: what it
-    writes in the cache is for its own guesses, and the verifier writes over it."""
+    writes in the cache is for its own guesses, and the verifier writes over it. Raises ValueError for a layer that there is not."""
 
-    def __init__(self, model: Llama, cache: KVQCache, eos=(), min_confidence: float = 0.0, *, attention: set[int] = frozenset(), mlp: set[int] = frozenset()):
+    def __init__(self, model: Llama, cache: KVQCache, eos: tuple[int, ...] = (), min_confidence: float = 0.0, *, attention: Set[int] = frozenset(), mlp: Set[int] = frozenset()):
         super().__init__(model, cache, eos, min_confidence)
         for l in attention | mlp:
             if not 0 <= l < model.config.n_layers:
                 raise ValueError(f"layers to skip must lie from 0 to {model.config.n_layers - 1}, not {l}")
         self.attention, self.mlp = attention, mlp
 
-    def draft(self, tokens, limit, pick):
-        def step(token: int, row: int) -> Tensor | None:
-            return self.run(self.embed(token), row) if row < limit else None
+    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
+        def step(token: int, row: int) -> Tensor:
+            h = self.embed(token)
+            return self.run(h, row) if row < limit else h  # the last is not read
 
         return self.chain(step, self.model.unembed, tokens[-1], limit, pick), 0
 
     def run(self, h: Tensor, row: int) -> Tensor:
+        """Draft row `row` through what is not skipped: h (1, dim) to the same."""
         start = self.cache.length + row
         cached = CachedAttention(self.cache, start, 1, h.dtype, self.model.exact)
         return run_without(self.model, h, self.model.rotary(start, 1), cached, self.attention, self.mlp)
 
 
-def run_without(model: Llama, h: Tensor, rotary, attend, attention: set[int], mlp: set[int]) -> Tensor:
-    """All layers on h without the attention of some and the MLP of some; attend(layer, q, k, v) is attention's inner part."""
+def run_without(model: Llama, h: Tensor, rotary: tuple[Tensor, Tensor], attend: Callable[..., Tensor], attention: Set[int], mlp: Set[int]) -> Tensor:
+    """All layers on h (..., T, dim) without the attention of some and the MLP of some; attend(layer, q, k, v) is attention's inner part."""
     for l, layer in enumerate(model.model.layers):
         if l not in attention:
             h = h + layer.self_attn(layer.input_layernorm(h), *rotary, lambda q, k, v: attend(l, q, k, v))
@@ -219,7 +224,7 @@ def run_without(model: Llama, h: Tensor, rotary, attend, attention: set[int], ml
 
 
 @torch.inference_mode()
-def search_skips(model: Llama, tokens: Tensor, tries: int, seed: int = 0, on_try=None) -> tuple[set[int], set[int], float]:
+def search_skips(model: Llama, tokens: Tensor, tries: int, seed: int = 0, on_try: Callable[..., object] | None = None) -> tuple[set[int], set[int], float]:
     """A set of sublayers for SkipLayers, found on texts tokens (B, T): attention, MLP and the share of words still foreseen.
 
     Random search, as the paper suggests where no better is at hand: flip one to three sublayers of the best set so far, keep
@@ -251,21 +256,25 @@ def search_skips(model: Llama, tokens: Tensor, tries: int, seed: int = 0, on_try
 
 
 class TwoModels(Drafter):
-    """A smaller model with the same vocabulary and a cache of its own (speculative decoding, arXiv 2211.17192 and 2302.01318)."""
+    """A smaller model with the same vocabulary and a cache of its own (speculative decoding, arXiv 2211.17192 and 2302.01318).
 
-    def __init__(self, model: Llama, cache: KVQCache, eos=(), min_confidence: float = 0.0, *, other: Llama):
+    Raises ValueError where the vocabularies differ in size.
+    """
+
+    def __init__(self, model: Llama, cache: KVQCache, eos: tuple[int, ...] = (), min_confidence: float = 0.0, *, other: Llama):
         super().__init__(model, cache, eos, min_confidence)
         if other.config.vocab_size != model.config.vocab_size:
             raise ValueError(f"the draft model has {other.config.vocab_size} tokens, the model {model.config.vocab_size}: drafting needs one vocabulary")
         c, self.weights = other.config, sum(p.nbytes for p in other.parameters())
-        self.other, self.known = other.pack(), []  # known: the tokens whose keys and values its cache holds
+        self.other = other.pack()
+        self.known: list[int] = []  # the tokens whose keys and values its cache holds
         self.own = KVQCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, cache.max_len, 1, other.dtype, other.device)
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         return self.own.nbytes + self.weights
 
-    def draft(self, tokens, limit, pick):
+    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
         same = next((i for i, (a, b) in enumerate(zip(self.known, tokens[:-1])) if a != b), min(len(self.known), len(tokens) - 1))
         self.own.rewind(same)
         prefill(self.other, self.own, tokens[same:-1], self.other.config.n_layers)
@@ -284,7 +293,7 @@ class TwoModels(Drafter):
 class PromptLookup(Drafter):
     """What followed the last time that the latest tokens came: copies from the text itself (prompt lookup, n-gram drafting)."""
 
-    def draft(self, tokens, limit, pick):
+    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
         for n in (3, 2, 1):
             latest = tokens[-n:]
             for place in range(len(tokens) - n - 1, -1, -1):
@@ -296,12 +305,12 @@ class PromptLookup(Drafter):
 class Jacobi(Drafter):
     """The verifier's own words beyond the first wrong guess become the next guesses (Jacobi decoding, arXiv 2305.10427)."""
 
-    def __init__(self, model: Llama, cache: KVQCache, eos=(), min_confidence: float = 0.0):
+    def __init__(self, model: Llama, cache: KVQCache, eos: tuple[int, ...] = (), min_confidence: float = 0.0):
         super().__init__(model, cache, eos)
         self.guesses: list[int] = []
 
-    def draft(self, tokens, limit, pick):
+    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
         return (self.guesses + [tokens[-1]] * limit)[:limit], 0
 
-    def verified(self, tokens, emitted, logits, hidden, pick):
+    def verified(self, tokens: list[int], emitted: list[int], logits: Tensor, hidden: dict[int, Tensor], pick: Pick) -> None:
         self.guesses = [pick(logits[row], len(tokens) + row) for row in range(len(emitted), len(logits))]

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from cache import KVQCache
 from data import read_corpus, write_tokens
-from drafters import Drafter
-from model import PREFILL_ROWS, Attention, CachedAttention, CheckpointError, Config, Llama, RMSNorm, RowLinear, auto_dtype, batch_attention, load_checkpoint
+from drafters import Drafter, Pick
+from model import PREFILL_ROWS, Attend, Attention, CachedAttention, CheckpointError, Config, Llama, RMSNorm, RowLinear, auto_dtype, batch_attention, load_checkpoint
 from tokenizer import Tokenizer
 
 ETA = 0.6  # drafting stops at or below this confidence (section 3.2)
@@ -40,19 +40,19 @@ class Adapter(nn.Module):
         self.self_attn = Attention(config)
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, attend=batch_attention) -> Tensor:
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend = batch_attention) -> Tensor:
         return self.norm(h + self.self_attn(self.input_layernorm(h), cos, sin, attend))
 
 
 def logits_of(model: Llama, h: Tensor) -> Tensor:
-    """The head alone: the adapter has its own last norm."""
+    """h (..., dim) -> logits (..., vocab) by the head alone: the adapter has its own last norm."""
     return (model.head or model.lm_head)(h)
 
 
 class Kangaroo(Drafter):
     """Layers [0, E) of the model, shared with the verifier, then the adapter, which has one layer of keys and values of its own."""
 
-    def __init__(self, model: Llama, cache: KVQCache, eos=(), min_confidence: float = ETA, *, adapter: Adapter):
+    def __init__(self, model: Llama, cache: KVQCache, eos: tuple[int, ...] = (), min_confidence: float = ETA, *, adapter: Adapter):
         super().__init__(model, cache, eos, min_confidence)
         c = model.config
         self.adapter, self.exit_layer = adapter, adapter.exit_layer
@@ -62,10 +62,10 @@ class Kangaroo(Drafter):
         self.own = KVQCache(1, c.n_kv_heads, c.head_dim, c.dim, cache.max_len, 1, model.dtype, model.device)
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         return self.own.nbytes + sum(p.nbytes for p in self.adapter.parameters())
 
-    def draft(self, tokens, limit, pick):
+    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
         if self.own.length < self.cache.length:  # the prompt, seen by the verifier alone: its layers [0, E) once more, on the side
             x = torch.tensor([tokens[: self.cache.length]], device=self.model.device)
             h = self.model.run_layers(self.model.embed(x), 0, self.exit_layer)[0]
@@ -84,7 +84,7 @@ class Kangaroo(Drafter):
         return self.chain(step, lambda h: logits_of(self.model, h), tokens[-1], limit, pick), self.exit_layer
 
     def adapt(self, h: Tensor, start: int) -> Tensor:
-        """The adapter on rows h (T, dim) at positions start.. ; leaves their keys and values."""
+        """The adapter on rows h (T, dim) at positions from `start` on; leaves their keys and values."""
         cos, sin = self.model.rotary(start, len(h))
         attention = CachedAttention(self.own, start, len(h), h.dtype, self.model.exact)
         return self.adapter(h, cos, sin, lambda q, k, v: attention(0, q, k, v))
@@ -95,7 +95,7 @@ class Kangaroo(Drafter):
 
 
 def train_step(model: Llama, adapter: Adapter, tokens: Tensor) -> Tensor:
-    """Cross-entropy of the adapter's distribution against the full model's, which stays as it is (section 3.1)."""
+    """Cross-entropy () of the adapter's distribution against the full model's, which stays as it is, over tokens (B, T) (section 3.1)."""
     layers = model.config.n_layers
     with torch.no_grad():
         early = model.run_layers(model.embed(tokens), 0, adapter.exit_layer)
@@ -137,6 +137,7 @@ def load_adapter(path: str | Path, model: Llama) -> Adapter:
 
 
 def train(args: argparse.Namespace) -> None:
+    """The command: trains an adapter, with progress, and saves it. Settings and data that cannot be trained on are refused (ValueError)."""
     model, tokenizer, out = load_checkpoint(args.ckpt, torch.float32), Tokenizer(args.ckpt), Path(args.out)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
@@ -201,9 +202,9 @@ def main() -> None:
         train(args)
     except (ValueError, OSError, SafetensorError) as error:
         print(f"kangaroo.py: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
-        raise SystemExit(130)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

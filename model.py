@@ -22,11 +22,13 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -36,6 +38,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cache import KVQCache
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # attention's inner part, from q (..., T, H, hd), k and v (..., T, Hkv, hd) to (..., T, H, hd)
+Product = Callable[[Tensor], Tensor]  # x (T, in) -> x W^T (T, out)
 
 MAX_ROWS = 16  # the most rows of one decoding pass that is held to the bit; longer passes are prefill
 PREFILL_ROWS = 512  # a long prompt runs through the layers in pieces of this many rows, to bound memory
@@ -58,7 +63,7 @@ def auto_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Config:
-    """Shape of a Llama. The comments give the key in Hugging Face's config.json."""
+    """Shape of a Llama. The comments give the key in Hugging Face's config.json. Shapes that no Llama has are refused (CheckpointError)."""
 
     vocab_size: int
     dim: int  # hidden_size
@@ -105,7 +110,8 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> "Config":
-        """Config from the text of a Hugging Face config.json, in the dialect of transformers 4 or 5."""
+        """Config from the text of a Hugging Face config.json, in the dialect of transformers 4 or 5. CheckpointError, one line, where
+        it is none of a Llama that runs here."""
         c = parse_object(text, "config.json")
         if c.get("model_type") != "llama":
             raise CheckpointError(f"config.json: model_type must be 'llama', not {c.get('model_type')!r:.40}")
@@ -121,8 +127,8 @@ class Config:
             dim, heads, eos = c["hidden_size"], c["num_attention_heads"], c.get("eos_token_id")
             if c.get("head_dim") is None and dim % heads:
                 raise CheckpointError(f"config: hidden_size {dim} does not divide into {heads} heads")
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            scaling = {}
+            kind: Any = rope.get("rope_type", rope.get("type", "default"))
+            scaling: dict[str, Any] = {}
             if kind != "default":
                 scaling = {"rope_factor": rope["factor"]}
             if kind == "llama3":
@@ -153,7 +159,7 @@ class Config:
     @classmethod
     def from_params(cls, text: str, vocab_size: int, tied: bool) -> "Config":
         """Config from the text of Meta's params.json, which leaves out the vocabulary (or says -1), the context and the
-        scale of rope: these follow from the rope settings of the models that were published."""
+        scale of rope: these follow from the rope settings of the models that were published. CheckpointError as in from_json."""
         c = parse_object(text, "params.json")
         if c.get("quantization_args") or c.get("moe") or c.get("vision_chunk_size"):
             raise CheckpointError("params.json: only dense text models without quantisation are supported")
@@ -229,8 +235,8 @@ def parse_object(text: str, name: str) -> dict:
 # Matrix products whose rows do not see each other
 
 
-def safe_rows(make_product, weight: Tensor) -> int:
-    """Smallest M such that make_product(weight) gives each row the same bits at every row count from M to MAX_ROWS.
+def safe_rows(make_product: Callable[[Tensor], Product], weight: Tensor) -> int:
+    """Smallest M such that make_product(weight), weight (out, in), gives each row the same bits at every row count from M to MAX_ROWS.
 
     BLAS picks its kernel, and with it the order of summation, by the number of rows. Which counts agree depends on the
     library and on the processor, so it is measured on the machine at hand, with every place in a pass. The probe's terms
@@ -265,13 +271,13 @@ def safe_rows(make_product, weight: Tensor) -> int:
     return smallest
 
 
-def linear_product(weight: Tensor):
-    """x -> x W^T in PyTorch's own layout."""
+def linear_product(weight: Tensor) -> Product:
+    """x -> x W^T in PyTorch's own layout, for a weight (out, in)."""
     return lambda x: F.linear(x, weight)
 
 
-def packed_product(weight: Tensor):
-    """x -> x W^T with the weight copied once into oneDNN's blocked layout."""
+def packed_product(weight: Tensor) -> Product:
+    """x -> x W^T with the weight (out, in) copied once into oneDNN's blocked layout."""
     packed, linear = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise
     return lambda x: linear(x, packed, None, "none", [], "")
 
@@ -284,8 +290,9 @@ class RowLinear:
     against 1.8 for eight). A pass with fewer rows than `safe_rows` is padded up to it.
     """
 
-    probed: dict[tuple, int] = {}
-    numbers, made = count(), WeakValueDictionary()  # what compiled code calls by number
+    probed: ClassVar[dict[tuple, int]] = {}
+    numbers = count()
+    made: ClassVar[WeakValueDictionary[int, "RowLinear"]] = WeakValueDictionary()  # what compiled code calls by number
 
     def __init__(self, *layers: nn.Linear, exact: bool = True):
         number = next(self.numbers)
@@ -409,8 +416,8 @@ class CachedAttention:
             keys, values = self.cache.read(layer, self.start + rows)
             q = q.permute(1, 2, 0, 3).reshape(1, groups, -1, head_dim)  # heads that share keys: more query rows
             mask = self.mask.repeat(heads // groups, 1)
-            out = F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=mask)
-            return out.view(heads, rows, head_dim).transpose(0, 1)
+            mixed = F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=mask)
+            return mixed.view(heads, rows, head_dim).transpose(0, 1)
         q = F.pad(q, (0, 0, 0, -q.shape[2] % 8)).contiguous()
         out = []
         for first, last, view, mask in self.slices:
@@ -418,8 +425,8 @@ class CachedAttention:
             part = q[first:last] if count * groups > 1 else q[first:last].expand(2, -1, -1, -1)
             keys, values = (x.expand(part.shape[0], -1, -1, -1) for x in self.cache.read(layer, view))
             out.append(F.scaled_dot_product_attention(part, keys, values, attn_mask=mask)[:count])
-        out = out[0] if len(out) == 1 else torch.cat(out)
-        return out[:, :, : heads // groups].reshape(rows, heads, head_dim)
+        mixed = out[0] if len(out) == 1 else torch.cat(out)
+        return mixed[:, :, : heads // groups].reshape(rows, heads, head_dim)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,12 +434,12 @@ class CachedAttention:
 
 
 def joint_linear(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """Several linear layers of the same input as one product, side by side."""
+    """Several linear layers of the same input x (..., in) as one product, side by side."""
     return F.linear(x, torch.cat([layer.weight for layer in layers]))
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension (Zhang and Sennrich, arXiv 1910.07467)."""
+    """Root-mean-square norm over the last dimension (Zhang and Sennrich, arXiv 1910.07467). Input and output (..., dim)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -453,7 +460,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
         self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
-        self.qkv = self.out = None  # set by Llama.pack
+        self.qkv: RowLinear | None = None  # set by Llama.pack, as is out
+        self.out: RowLinear | None = None
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (..., T, H, hd), keys and values (..., T, Hkv, hd) of rows at their positions."""
@@ -467,7 +475,7 @@ class Attention(nn.Module):
         """What the heads found, (..., T, H, hd), as (..., T, dim)."""
         return (self.out or self.o_proj)(mixed.flatten(-2))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         return self.output(attend(*self.project(x, cos, sin)))
 
 
@@ -490,7 +498,8 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(c.dim, c.hidden_dim, bias=False)
         self.up_proj = nn.Linear(c.dim, c.hidden_dim, bias=False)
         self.down_proj = nn.Linear(c.hidden_dim, c.dim, bias=False)
-        self.gate_up = self.down = None  # set by Llama.pack
+        self.gate_up: RowLinear | None = None  # set by Llama.pack, as is down
+        self.down: RowLinear | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up(x) if self.gate_up else joint_linear(x, self.gate_proj, self.up_proj)
@@ -508,11 +517,11 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.dim, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, attend=batch_attention) -> Tensor:
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend = batch_attention) -> Tensor:
         return self.after(h, attend(*self.before(h, cos, sin)))
 
     def before(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention needs of h: queries, keys and values. With `after`, all of a layer in which rows do not meet."""
+        """What attention needs of h (..., T, dim): queries, keys and values. With `after`, all of a layer in which rows do not meet."""
         return self.self_attn.project(self.input_layernorm(h), cos, sin)
 
     def after(self, h: Tensor, mixed: Tensor) -> Tensor:
@@ -522,13 +531,21 @@ class Layer(nn.Module):
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
+class Body(nn.Module):
+    """The level that Hugging Face's parameter names have between a Llama and its layers: Llama fills it and runs it."""
+
+    embed_tokens: nn.Embedding
+    layers: Any  # an nn.ModuleList, whose type does not say that it holds a Layer each
+    norm: RMSNorm
+
+
 class Llama(nn.Module):
     """Llama 1, 2 and 3 with an unembedding that every layer can use as an exit."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.model = nn.Module()  # the level that Hugging Face's parameter names have
+        self.model = Body()
         # Embedding(vocab, dim) would draw random weights, which imports the compiler where there is no memory yet (1.4 s)
         self.model.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.dim), freeze=False)
         self.model.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
@@ -536,15 +553,18 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.head, self.exact = None, True  # set by pack
+        self.head: RowLinear | None = None  # set by pack, as is exact
+        self.exact = True
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of weights, hidden states and logits."""
         return self.model.embed_tokens.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.model.embed_tokens.weight.device
 
     def pack(self, exact: bool = True, compile: bool = False) -> "Llama":
@@ -605,8 +625,8 @@ class Llama(nn.Module):
         if table is None or len(table[0]) < end or table[0].dtype != self.dtype or table[0].device != self.device:
             length = min(max(1 << (end - 1).bit_length(), 256), max(self.config.max_len, end))
             with torch.inference_mode(False):  # a table made while decoding may serve training later
-                table = tuple(x[:, None].to(self.device, self.dtype) for x in rotary_tables(self.config, length))
-            self._rotary = table
+                cos, sin = (x[:, None].to(self.device, self.dtype) for x in rotary_tables(self.config, length))
+            self._rotary = table = cos, sin
         return table[0][start:end], table[1][start:end]
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -644,7 +664,8 @@ class Llama(nn.Module):
             cache.write(index, start, k, v)
 
     def keep_layers(self, kept: list[int]) -> "Llama":
-        """Leaves only these layers, in place: LayerDrop's pruning at inference (arXiv 1909.11556, section 3.2). Lossy."""
+        """Leaves only these layers, in place: LayerDrop's pruning at inference (arXiv 1909.11556, section 3.2). Lossy. Raises ValueError
+        unless they rise and exist."""
         if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < self.config.n_layers:
             raise ValueError(f"the layers to keep must rise from 0 to at most {self.config.n_layers - 1}, not {kept}")
         self.model.layers = nn.ModuleList(self.model.layers[l] for l in kept)
@@ -689,7 +710,7 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype | None = None, device: 
     text = _read_text(path / ("params.json" if meta else "config.json"))
     config = None if meta else Config.from_json(text)
     sources = _find_tensors(_meta_files(path) if meta else _weight_files(path), _meta_name if meta else lambda name: name)
-    if meta:
+    if config is None:
         embedding, head = sources.get("model.embed_tokens.weight"), sources.get("lm_head.weight")
         if not embedding or len(embedding[0].shape) != 2:
             raise CheckpointError(f"{path} lacks the tensor tok_embeddings.weight")
@@ -732,7 +753,8 @@ class Stored:
     offset: int
 
     def read_into(self, out: Tensor) -> None:
-        """Reads the tensor into `out`, of the same shape, PIECE bytes at a time; through a buffer where it must be cast.
+        """Reads the tensor into `out`, of the same shape (...), PIECE bytes at a time; through a buffer where it must be cast.
+        CheckpointError, one line, where the file ends early or a number is not finite.
 
         Plain reads, not the library's mapping: pages of a mapping count as this process's memory while it lives, which
         doubles the peak, and mapping a 2.5 GB file anew for each piece took 40 s instead of 1.
@@ -745,8 +767,8 @@ class Stored:
             file.seek(self.offset)
             for first in range(0, self.shape[0], rows):
                 piece = out[first : first + rows]
-                landed = piece if direct else buffer[: len(piece)]
-                view = memoryview(landed.view(-1).view(torch.uint8).numpy())
+                landed = piece if buffer is None else buffer[: len(piece)]
+                view = landed.view(-1).view(torch.uint8).numpy().data
                 while view:
                     got = file.readinto(view)
                     if not got:
@@ -763,7 +785,7 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 
 @contextmanager
-def _open(file: Path):
+def _open(file: Path) -> Iterator[safe_open]:
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
@@ -773,7 +795,7 @@ def _open(file: Path):
         raise CheckpointError(f"{file.name} cannot be read as safetensors: {' '.join(str(error).split())}") from None
 
 
-def _find_tensors(files: list[Path], rename) -> dict[str, list[Stored]]:
+def _find_tensors(files: list[Path], rename: Callable[[str], str]) -> dict[str, list[Stored]]:
     """The tensors of all files by their Hugging Face name; several in the order of the files where Meta sharded them."""
     found: dict[str, list[Stored]] = {}
     for file in files:
@@ -829,7 +851,10 @@ def _meta_name(name: str) -> str:
 
 
 def save_checkpoint(model: Llama, path: str | Path) -> None:
-    """Writes config.json and model.safetensors, which load here and in transformers. Each file replaces the old one whole."""
+    """Writes config.json and model.safetensors, which load here and in transformers. Each file replaces the old one whole.
+
+    Raises ValueError for a packed model, which has no plain weights any more.
+    """
     if model.head is not None:
         raise ValueError("a packed model holds no plain weights to save; save it before pack()")
     path = Path(path)

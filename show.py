@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from torch import Tensor
 from cache import KVQCache
 from model import MAX_ROWS, PREFILL_ROWS, Llama
 from tokenizer import Stream, Tokenizer
+
+if TYPE_CHECKING:
+    from decode import Round
 
 GREEN, RED, BLUE, DIM, PLAIN = "\033[32m", "\033[31m", "\033[94m", "\033[2m", "\033[0m"
 BLACK_ON = "\033[38;5;16;48;5;{}m"  # both colours are set, so it reads on a dark terminal and on a light one
@@ -37,14 +41,16 @@ def colours() -> bool:
 
 
 def paint(text: str, colour: str) -> str:
+    """Text in a colour (an escape code), where stdout takes colours."""
     return f"{colour}{text}{PLAIN}" if colours() else text
 
 
 @contextmanager
-def whole_file(path: Path | None) -> Iterator:
+def whole_file(path: Path | None) -> Iterator[BinaryIO | None]:
     """A file to write bytes to, which is at `path` when all went well and leaves no trace when not. None: None.
 
-    Opened at once, so that a path that cannot be written is refused before there is anything to lose.
+    Opened at once, so that a path that cannot be written is refused before there is anything to lose. ValueError where there
+    is something else than a file.
     """
     if path is None:
         yield None
@@ -97,16 +103,18 @@ class Show:
         self.stream, self.drafts = Stream(tokenizer, prompt_ids), drafts
 
     def prompt(self, text: str) -> None:
+        """What comes before the first round: on a terminal the prompt, dim, and what the colours mean."""
         if sys.stdout.isatty():
             if self.drafts and colours():
                 print(f"{GREEN}drafted and accepted{PLAIN}, {BLUE}the verifier's own{PLAIN}\n", file=sys.stderr)
             self._print(text, DIM)
 
-    def __call__(self, r) -> None:
+    def __call__(self, r: "Round") -> None:
         for place, token in enumerate(r.emitted):
             self._print(self.stream.feed([token]), GREEN if place < r.accepted else BLUE)
 
     def finish(self) -> None:
+        """What comes after the last round: text that was held back, and the end of the line."""
         self._print(self.stream.finish(), BLUE)
         print(flush=True)
 
@@ -124,15 +132,16 @@ class Trace:
         self.tokenizer, self.rounds = tokenizer, 0
 
     def prompt(self, text: str) -> None:
+        """What comes before the first round: what the signs mean."""
         print("drafted: ✓ accepted, ✗ rejected, - not looked at; + the verifier's own\n", file=sys.stderr)
 
-    def __call__(self, r) -> None:
+    def __call__(self, r: "Round") -> None:
         self.rounds += 1
         boxes = [paint(f"[{sign}{piece(self.tokenizer, token)}]", colour) for token, (sign, colour) in self.boxes(r)]
         times = f"draft {1e3 * r.draft_seconds:6.1f} ms  verify {1e3 * r.verify_seconds:6.1f} ms"
         print(f"{self.rounds:4}  {times}  {' '.join(boxes)}", flush=True)
 
-    def boxes(self, r) -> list[tuple[int, tuple[str, str]]]:
+    def boxes(self, r: "Round") -> list[tuple[int, tuple[str, str]]]:
         """Tokens of a decode.Round, each with its sign and colour. Emitted are those with ✓ or +, in this order.
 
         An EOS that was accepted is the last that is looked at: nothing is rejected then, and the verifier adds nothing.
@@ -142,7 +151,7 @@ class Trace:
         return [*zip(r.drafted, fates), *((token, self.OWN) for token in own)]
 
     def finish(self) -> None:
-        pass
+        """Nothing comes after the last round."""
 
 
 def trace_json(rounds: list, prompt_ids: list[int], settings: dict) -> bytes:
@@ -178,15 +187,16 @@ def exits(model: Llama, tokens: list[int], prefilled: int) -> tuple[Tensor, Tens
     while cache.length < len(tokens):
         in_prompt = cache.length < prefilled
         end = min(cache.length + PREFILL_ROWS, prefilled) if in_prompt else cache.length + MAX_ROWS
-        rows, hidden = tokens[cache.length : end], dict.fromkeys(range(1, c.n_layers + 1))
+        rows = tokens[cache.length : end]
+        hidden: dict = dict.fromkeys(range(1, c.n_layers + 1))
         model.run_layers(model.embed(torch.tensor(rows, device=model.device)), 0, c.n_layers, cache, cache.length, hidden)
         cache.accept(len(rows))
         for h in hidden.values():  # an exit at a time: at a vocabulary of 128k its logits take 250 MB
             logits = model.unembed(h)
             said.append(logits.argmax(-1).cpu())
             sure.append(logits.float().softmax(-1).amax(-1).cpu())
-    layers = range(c.n_layers)
-    return tuple(torch.stack([torch.cat(found[l :: c.n_layers]) for l in layers]) for found in (said, sure))
+    words, confidence = (torch.stack([torch.cat(found[l :: c.n_layers]) for l in range(c.n_layers)]) for found in (said, sure))
+    return words, confidence
 
 
 def layers_needed(said: Tensor) -> Tensor:
@@ -226,12 +236,13 @@ class Lens:
         for block in self.blocks(max(1, (columns - 6) // (self.CELL + 2))):
             header = [paint(fit(self.tokens[t], self.CELL + 1), BLUE if self.tokens[t][0] == "+" else DIM) for t in block]
             lines.append(" ".join([" exit ", *header]))
-            for layer, row in enumerate(self.said):
+            for layer in range(len(self.said)):
                 lines.append(" ".join([f"{layer + 1:5} ", *(self.cell(layer, t) for t in block)]))
             lines += [" ".join(["needs ", *(f" {int(self.needed[t]):<{self.CELL}}" for t in block)]), ""]
         return "\n".join(line.rstrip() for line in lines)
 
     def cell(self, layer: int, t: int) -> str:
+        """What the exit behind layer `layer` (from 0) says after token t, CELL + 1 columns wide; the deeper the colour, the surer."""
         agrees, shade = self.agrees[layer, t], min(3, int(4 * self.sure[layer, t]))
         text = fit("✓ "[not agrees] + self.said[layer][t], self.CELL + 1)
         return paint(text, BLACK_ON.format((GREENS if agrees else REDS)[shade]))
@@ -247,7 +258,7 @@ class Lens:
             lines.append(f"{b * width + 1:5} to {min(layers, (b + 1) * width):<3} " + f"{bar} {counts[b]}".strip())
         return "\n".join(lines)
 
-    def draw(self, file) -> None:
+    def draw(self, file: BinaryIO) -> None:
         """The table as a PNG, 1800 pixels wide to be shown at 900, with a line at the layers that each token needs.
 
         The ground is white and opaque: dark letters on pale cells read the same on a light page and on a dark one.

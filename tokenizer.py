@@ -5,6 +5,7 @@ decodes a lone piece. `Stream` handles both: it decodes the recent context too a
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -15,6 +16,12 @@ class Tokenizer:
 
     `bos` and `eos` are ids, None where the file names none. Raises ValueError, one line, when there is no usable one.
     """
+
+    vocab_size: int
+    bos: int | None
+    eos: int | None
+    _encode: Callable[[str], list[int]]
+    _decode: Callable[[list[int]], str]
 
     def __init__(self, path: str | Path):
         path = Path(path)
@@ -37,7 +44,7 @@ class Tokenizer:
             raise ValueError(f"{path} is not a sentencepiece model") from None
         self.vocab_size = model.vocab_size()
         self.bos, self.eos = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
-        self._encode = lambda text: [self.bos] * (self.bos is not None) + model.encode(text)
+        self._encode = lambda text: ([] if self.bos is None else [self.bos]) + model.encode(text)
         self._decode = model.decode
 
     def _load_json(self, path: Path) -> None:
@@ -87,6 +94,7 @@ class Stream:
         self.printed = tokenizer.decode(self.window)
 
     def feed(self, ids: list[int]) -> str:
+        """Takes the ids that come next; gives the text that no later id can change, possibly none."""
         self.window += ids
         text = self.tokenizer.decode(self.window)
         settled = text.rstrip("\ufffd")  # an unfinished character decodes to U+FFFD, at the end
@@ -99,6 +107,7 @@ class Stream:
         return new
 
     def finish(self) -> str:
+        """The text that feed held back: a character that stays unfinished, as U+FFFD."""
         text = self.tokenizer.decode(self.window)
         new, self.printed = text[len(self.printed) :], text
         return new

@@ -22,10 +22,12 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +97,10 @@ def layer_dropout(l: int, t: int, layers: int, steps: int, recipe: Recipe) -> fl
 
 
 def exit_layers(recipe: Recipe, layers: int) -> list[int]:
-    """The early exits that get a loss, as numbers of layers E = l + 1. LITE, 32 layers: 8, 12, .. 28, every eighth of L."""
+    """The early exits that get a loss, as numbers of layers E = l + 1. LITE, 32 layers: 8, 12, .. 28, every eighth of L.
+
+    Raises ValueError, one line, where --exits names none.
+    """
     if recipe.exits == "lite":
         return sorted({round(layers * eighths / 8) for eighths in range(2, 8)} - {0, layers})
     if recipe.exits in ("all", "none"):
@@ -149,7 +154,7 @@ def draw_kept(seed: int, t: int, drop: list[float], batch: int, unit: str) -> np
     return draws >= np.array(drop)[:, None]
 
 
-def run_with_dropout(layer, h: Tensor, cos: Tensor, sin: Tensor, kept: Tensor, keep: float = 1.0, always: bool = False) -> Tensor:
+def run_with_dropout(layer: Callable[..., Tensor], h: Tensor, cos: Tensor, sin: Tensor, kept: Tensor, keep: float = 1.0, always: bool = False) -> Tensor:
     """x + M f(x) / keep: `layer` on the samples of h (B, T, dim) where kept (B,) is true; the others pass unchanged and cost
     nothing. LayerSkip and LayerDrop do not rescale (keep = 1). `always` runs the layer on no samples rather than not at
     all: a process of several must take part in gathering a sharded layer that another one runs.
@@ -199,13 +204,17 @@ class EarlyExitLoss(torch.autograd.Function):
     """sum_l ẽ(t, l) CE(g(x_{l+1}), Y), with the gradient taken in the forward pass, one exit and some rows at a time.
 
     So there is never more than one set of logits, whatever the number of exits and rows: LOGITS elements of float32. All
-    exits share one norm and one head. Returns J and the unweighted summed loss of each exit.
+    exits share one norm (dim,) and one head (vocab, dim). Takes the hidden states (R, dim) of each exit and targets (R,); returns J ()
+    and the unweighted summed loss of each exit (exits,).
     """
 
     LOGITS = 1 << 25
 
     @staticmethod
-    def forward(ctx, loss_of, eps, targets, weights, distill, norm, head, *hidden):
+    def forward(
+        ctx: Any, loss_of: Callable, eps: float, targets: Tensor, weights: tuple[float, ...], distill: bool, norm: Tensor, head: Tensor, *hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """J, and the gradients that backward will hand out."""
         need = any(ctx.needs_input_grad)
         d_norm, d_head, d_hidden = torch.zeros_like(norm), torch.zeros_like(head), [torch.empty_like(h) for h in hidden]
         sums = torch.zeros(len(hidden), device=targets.device)
@@ -229,7 +238,8 @@ class EarlyExitLoss(torch.autograd.Function):
         return (sums * torch.tensor(weights, device=sums.device)).sum(), sums
 
     @staticmethod
-    def backward(ctx, d_total, _):
+    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple:
+        """The gradients of norm, head and hidden states that forward left, times that of J."""
         d_norm, d_head, *d_hidden = ctx.saved_tensors
         return (None, None, None, None, None, d_norm * d_total, d_head * d_total, *(d * d_total for d in d_hidden))
 
@@ -250,10 +260,11 @@ class Objective(nn.Module):
         for layer in self.llama.model.layers:
             fully_shard(layer)
         self.sharded = True
-        return fully_shard(self)
+        fully_shard(self)
+        return self
 
-    def forward(self, tokens: Tensor, targets: Tensor, kept: np.ndarray, runs: np.ndarray, keep: list[float], weights: dict[int, float], distill: bool):
-        """J, summed over the targets of tokens (B, T), and the summed loss of each exit in `weights`.
+    def forward(self, tokens: Tensor, targets: Tensor, kept: np.ndarray, runs: np.ndarray, keep: list[float], weights: dict[int, float], distill: bool) -> tuple[Tensor, Tensor]:
+        """J (), summed over the targets of tokens (B, T), and the summed loss of each exit in `weights`, (exits,).
 
         kept (L, B): which samples run a layer. runs (L,): whether any sample of any process does. keep: 1 - p(l, t), or 1.
         """
@@ -261,7 +272,7 @@ class Objective(nn.Module):
         cos, sin = model.rotary(0, tokens.shape[1])
         h = model.embed(tokens).float()
 
-        def run(layer, *x):
+        def run(layer: Callable[..., Tensor], *x: Tensor) -> Tensor:
             if self.varies:  # one graph for any number of samples, see Run.rehearse
                 torch._dynamo.maybe_mark_dynamic(x[0], 0)
             return checkpoint(layer, *x, train_attention, use_reentrant=False) if self.recompute else layer(*x, train_attention)
@@ -314,7 +325,7 @@ def learning_rate(t: int, steps: int, warmup: int) -> float:
 
 
 class Run:
-    """A training run in a directory: model, optimiser, step, and how they are kept."""
+    """A training run in a directory: model, optimiser, step, and how they are kept. What cannot run is refused in one line (ValueError)."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.out = args, Path(args.out)
@@ -346,7 +357,7 @@ class Run:
         if min(len(train_tokens), len(held_out)) <= args.seq + 1:
             raise ValueError(f"the data is too short: {len(train_tokens)} training and {len(held_out)} held-out tokens for --seq {args.seq}")
         if model is None:
-            special = dict(bos=tokenizer.bos, eos=() if tokenizer.eos is None else (tokenizer.eos,))
+            special: dict = dict(bos=tokenizer.bos, eos=() if tokenizer.eos is None else (tokenizer.eos,))
             model = Llama(replace(config, vocab_size=tokenizer.vocab_size, **special))
             initialise(model, args.seed)
         elif tokenizer.vocab_size > model.config.vocab_size:
@@ -369,7 +380,10 @@ class Run:
     # ------------------------------------------------------------------------------------------------------------- data
 
     def prepare_data(self) -> tuple[Tokens, Tokens, Tokenizer]:
-        """Training and held-out tokens and the tokenizer: --init's, or trained on the training documents. Made once."""
+        """Training and held-out tokens and the tokenizer: --init's, or trained on the training documents. Made once.
+
+        Raises ValueError where the directory holds those of other settings.
+        """
         wanted = {"data": self.args.data, "vocab": self.args.vocab, "init": str(self.args.init)}
         done, path = self.out / "data.json", self.out / "tokenizer.model"
         if done.is_file() and json.loads(done.read_text()) == wanted:
@@ -393,7 +407,7 @@ class Run:
     # ------------------------------------------------------------------------------------------------------------ state
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and AdamW's state, by name; sharded over the processes as they are trained.
+        """Weights and AdamW's state, by name, each shaped as its weight (out, in) or (dim,), steps (); sharded over the processes as they are trained.
 
         AdamW counts steps for each parameter: one that no sample used in a step, of a layer that all skipped, is not updated.
         """
@@ -436,10 +450,12 @@ class Run:
         self.wait()
 
     def last_state(self) -> str:
+        """Words for an error message: which saved state a run can go on from."""
         states = sorted(self.out.glob("state-*"))
         return f"{states[-1]} is the last good state" if states else "no state was saved yet"
 
     def wait(self) -> None:
+        """Until every process is here."""
         if self.world > 1:
             dist.barrier()
 
@@ -457,7 +473,7 @@ class Run:
         return {**{k: v if v is None else str(v) for k, v in vars(self.args).items() if k not in free}, "recipe": asdict(self.recipe)}
 
     def resume(self) -> None:
-        """Goes on from the last state in the directory, if there is one."""
+        """Goes on from the last state in the directory, if there is one; ValueError where it is damaged or of other settings."""
         states = sorted(self.out.glob("state-*"))
         if not states:
             return
@@ -526,7 +542,7 @@ class Run:
         """One optimiser step; returns the mean loss of each exit that it trained, and the norm of the gradient.
 
         Every process reads the whole batch and the draws of all its samples, and trains its own part, in --accumulate
-        pieces: so neither the number of processes nor of pieces changes what is trained.
+        pieces: so neither the number of processes nor of pieces changes what is trained. Raises ValueError where the loss is not finite.
         """
         args, t, layers = self.args, self.step, self.config.n_layers
         tokens, targets = (x.to(self.device) for x in self.data[0].crops(args.batch, args.seq, args.seed, t))
@@ -546,8 +562,8 @@ class Run:
             sums += losses
         if self.world > 1:
             dist.all_reduce(sums)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), args.clip)
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        total_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), args.clip)
+        norm = (total_norm.full_tensor() if hasattr(total_norm, "full_tensor") else total_norm).item()
         if not math.isfinite(norm) or not sums.isfinite().all():
             raise ValueError(f"the loss or its gradient is not finite at step {t + 1}; {self.last_state()}; try a lower --lr")
         for group in self.optimizer.param_groups:
@@ -575,11 +591,17 @@ class Run:
     def train(self) -> None:
         """The loop, with progress, saves, and a stop that Ctrl-C asks for."""
         args, stop = self.args, []
-        signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+
+        def ask_to_stop(*_: object) -> None:
+            stop.append(True)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        signal.signal(signal.SIGINT, ask_to_stop)
         self.metrics()
         count = sum(p.numel() for p in self.parameters.values())
         log(f"{count / 1e6:.1f}M parameters, {len(self.data[0]) / 1e6:.2f}M training tokens, {len(self.data[1]) / 1e6:.2f}M held out")
-        begun, started, seen, shown = self.step, time.time(), 0, {}
+        begun, started, seen = self.step, time.time(), 0
+        shown: dict[int, float] = {}
         stopped = False
         if args.compile and self.step < self.steps:
             self.rehearse()
@@ -646,6 +668,7 @@ def plot(out: Path) -> None:
 
 
 def log(text: str, end: str = "\n") -> None:
+    """Text to stderr, from the first process alone."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(text, end=end, file=sys.stderr, flush=True)
 
@@ -665,6 +688,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
     p = argparse.ArgumentParser(
         description="Train an early-exit Llama. The same command goes on where a stopped run left off.",
         epilog="The recipes are settings of two schedules, layer dropout and exit weights; see Recipe in train.py.",
@@ -754,10 +778,10 @@ def main() -> None:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
         Run(args).train()
     except KeyboardInterrupt:
-        raise SystemExit(130)
+        raise SystemExit(130) from None
     except (ValueError, OSError, SafetensorError) as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(2) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -8,6 +8,7 @@ NumPy and safetensors are all that it needs. The format of traces is section 10 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -44,8 +45,9 @@ class Malformed(ValueError):
 class Broken(Exception):
     """The first broken rule: its number, where (round, layer, position; None where there is no such thing), and what was seen."""
 
-    def __init__(self, rule: str, expected, found, round=None, layer=None, position=None):
-        self.rule, self.round, self.layer, self.position, self.case = rule, round, layer, position, None
+    def __init__(self, rule: str, expected: object, found: object, round: int | None = None, layer: int | None = None, position: int | None = None):
+        self.rule, self.round, self.layer, self.position = rule, round, layer, position
+        self.case: str | None = None
         self.expected, self.found = expected, found
 
     def __str__(self):
@@ -53,8 +55,8 @@ class Broken(Exception):
         return f"{', '.join([f'case {self.case}', *places])}: rule {self.rule} is broken ({RULES[self.rule]}): expected {self.expected}, found {self.found}"
 
 
-def compare(rule: str, golden: np.ndarray, found: np.ndarray, tolerance: float, **where) -> None:
-    """Vectors (..., n) of one place; NaN differs from everything."""
+def compare(rule: str, golden: np.ndarray, found: np.ndarray, tolerance: float, **where: int | None) -> None:
+    """Vectors (..., n) of one place: raises Broken where they differ. NaN differs from everything."""
     off = np.nan_to_num(np.abs(found - golden) / np.maximum(1, np.abs(golden).max(-1, keepdims=True)), nan=np.inf)
     if off.max() > tolerance:
         at = np.unravel_index(off.argmax(), off.shape)
@@ -66,14 +68,14 @@ class Case:
 
     def __init__(self, traced: dict, golden: dict, vectors: dict[str, np.ndarray], layers: int, context: int, tolerance: float):
         self.traced, self.golden, self.layers, self.tolerance = traced, golden, layers, tolerance
-        self.vectors = {kind: vectors.get(f"{golden['name']}.{kind}") for kind in ("exit_queries", "logits", "keys", "values")}
+        self.vectors: dict[str, Any] = {kind: vectors.get(f"{golden['name']}.{kind}") for kind in ("exit_queries", "logits", "keys", "values")}
         self.s, self.tokens, self.row = golden["settings"], list(golden["prompt"]), 0
         self.end = min(len(self.tokens) + self.s["max_new_tokens"], context)
         self.cap = "7.4" if self.end == context else "7.3"
         self.choice = "4.3" if self.s["temperature"] else "4.2"
 
     def array(self, owner: dict, kind: str, shape: tuple) -> np.ndarray | None:
-        """Numbers of the trace, None where it has none; None in `shape` leaves a dimension open."""
+        """Numbers of the trace, None where it has none; None in `shape` leaves a dimension open. Raises Malformed on another shape."""
         if kind not in owner:
             return None
         try:
@@ -85,6 +87,7 @@ class Case:
         return x
 
     def walk(self) -> None:
+        """All rounds, and what is live between them."""
         self.kept(0, len(self.tokens) - 1, "6.2", None)
         for number, r in enumerate(self.traced["rounds"]):
             if number == len(self.golden["rounds"]):
@@ -184,7 +187,7 @@ def check(trace: dict, tolerance: float | None = None) -> Broken | None:
     return None
 
 
-def well_formed(case, golden: dict[str, dict]) -> None:
+def well_formed(case: Any, golden: dict[str, dict]) -> None:
     """Raises Malformed unless `case` is a golden one, with rounds of the right kinds of values."""
     if not isinstance(case, dict) or not isinstance(case.get("name"), str) or case["name"] not in golden:
         raise Malformed(f"a case is not an object with a name of cases.json: {json.dumps(case)[:60]}")

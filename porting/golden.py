@@ -17,19 +17,23 @@ import tempfile
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
 PORTING = Path(__file__).parent
 sys.path[:0] = [str(PORTING.parent), str(PORTING.parent / "tests")]
 
-from check import TOLERANCE  # noqa: E402
-from decode import Sampling, generate, gumbel, keep_likely, new_cache  # noqa: E402
-from drafters import EarlyExit  # noqa: E402
-from helpers import tiny_model  # noqa: E402
-from model import Config, Llama, load_checkpoint, save_checkpoint  # noqa: E402
+from check import TOLERANCE
+from helpers import tiny_model
+
+from cache import KVQCache
+from decode import Sampling, generate, gumbel, keep_likely, new_cache
+from drafters import EarlyExit, Pick
+from model import Config, Llama, load_checkpoint, save_checkpoint
 
 GOLDEN = PORTING / "golden"
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -40,20 +44,22 @@ MARGIN = 0.02  # in logits, and a tenth of it in probability
 SHAPE = Config(vocab_size=64, dim=24, hidden_dim=40, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=8, max_len=96, norm_eps=1e-3, rope_theta=625.0)
 
 
-def settings(exit_layer: int, draft_len: int, max_new_tokens: int = 8, **changes) -> dict:
+def settings(exit_layer: int, draft_len: int, max_new_tokens: int = 8, **changes: Any) -> dict:
+    """The settings of a case (SPEC.md, 10.1): greedy and without an EOS, but for what `changes` says."""
     plain = dict(temperature=0.0, top_k=0, top_p=1.0, seed=0, min_confidence=0.0, eos=[])
     return dict(exit_layer=exit_layer, draft_len=draft_len, max_new_tokens=max_new_tokens) | plain | changes
 
 
 def wanted() -> list[tuple[str, int, dict, set[str]]]:
     """(name, prompt length, settings, events that must occur) of every case; eos -1 stands for a token of the text, -2 for the prompt's last."""
-    cases = [("plain", 5, settings(0, 0), set()), ("plain-sampled", 1, settings(0, 0, temperature=0.9, seed=3), set())]
+    cases: list[tuple[str, int, dict, set[str]]] = [("plain", 5, settings(0, 0), set()), ("plain-sampled", 1, settings(0, 0, temperature=0.9, seed=3), set())]
+    samplings: list[tuple[int, dict]] = [(1, dict(temperature=1.0)), (3, dict(temperature=0.7, top_k=12)), (6, dict(temperature=1.2, top_p=0.9))]
     for e in range(1, SHAPE.n_layers):
         for d in (1, 2, 4, 8):
             cases.append((f"greedy-E{e}-d{d}", 1 + (3 * e + d) % 12, settings(e, d), set()))
-        for d, how in ((1, dict(temperature=1.0)), (3, dict(temperature=0.7, top_k=12)), (6, dict(temperature=1.2, top_p=0.9))):
+        for d, how in samplings:
             cases.append((f"sampled-E{e}-d{d}", 2 + (e + 2 * d) % 9, settings(e, d, seed=10 * e + d, **how), set()))
-    sampled = dict(temperature=0.8, top_k=20, top_p=0.95, seed=2**64 - 1)
+    sampled: dict = dict(temperature=0.8, top_k=20, top_p=0.95, seed=2**64 - 1)
     return cases + [
         ("top-k-top-p-largest-seed", 7, settings(2, 5, 16, **sampled), {"some accepted"}),
         ("prompt-of-1", 1, settings(2, 4), {"some accepted"}),
@@ -90,16 +96,16 @@ KEEP_KV = {"plain", "prompt-of-1", "all-rejected-sampled", "greedy-E3-d4", "eos-
 class Recorder(EarlyExit):
     """EarlyExit that notes what its rounds leave: exit queries, logits of every row, and how narrow each choice was."""
 
-    def __init__(self, model, cache, eos=(), min_confidence=0.0, *, exit_layer, sampling, notes):
+    def __init__(self, model: Llama, cache: KVQCache, eos: tuple[int, ...] = (), min_confidence: float = 0.0, *, exit_layer: int, sampling: Sampling, notes: dict[str, list]):
         super().__init__(model, cache, eos, min_confidence, exit_layer=exit_layer)
         self.sampling, self.notes = sampling, notes
 
-    def draft(self, tokens, limit, pick):
-        def noted(logits, position):
+    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
+        def noted(logits: Tensor, position: int) -> int:
             self.notes["margins"].append(margin(logits, position, self.sampling))
             return pick(logits, position)
 
-        def unembed(h):
+        def unembed(h: Tensor) -> Tensor:
             logits = self.model.unembed(h)
             if self.min_confidence:
                 self.notes["margins"].append(10 * abs(float(logits.float().softmax(-1).max()) - self.min_confidence))
@@ -108,14 +114,14 @@ class Recorder(EarlyExit):
         self.notes["starts"].append(self.cache.length)
         return self.chain(self.step, unembed, tokens[-1], limit, noted), self.exit_layer
 
-    def verified(self, tokens, emitted, logits, hidden, pick):
+    def verified(self, tokens: list[int], emitted: list[int], logits: Tensor, hidden: dict[int, Tensor], pick: Pick) -> None:
         self.notes["logits"].append(logits.numpy().copy())
         self.notes["queries"].append(self.cache.queries[: len(logits)].numpy().copy())
         self.notes["margins"] += [margin(row, len(tokens) + i, self.sampling) for i, row in enumerate(logits)]
 
 
-def margin(logits: torch.Tensor, position: int, sampling: Sampling) -> float:
-    """By how much the chosen token leads the second, whether the filter is a little wider or narrower; 0 if it then changes.
+def margin(logits: Tensor, position: int, sampling: Sampling) -> float:
+    """By how much the token chosen from logits (vocab,) leads the second, whether the filter is a little wider or narrower; 0 if it then changes.
 
     A token at the edge of top_k or top_p may be in on one machine and out on another: that is harmless unless it could win.
     """
@@ -137,15 +143,15 @@ def decode(model: Llama, prompt: list[int], s: dict) -> tuple[list[dict], dict[s
     c = model.config
     sampling = Sampling(s["temperature"], s["top_k"], s["top_p"], s["seed"])
     cache = new_cache(c, c.max_len, s["draft_len"], model.dtype, model.device)
-    notes = {"starts": [], "margins": [], "logits": [], "queries": []}
+    notes: dict[str, list] = {"starts": [], "margins": [], "logits": [], "queries": []}
 
-    def recorder(model, cache, eos, min_confidence):
+    def recorder(model: Llama, cache: KVQCache, eos: tuple[int, ...], min_confidence: float) -> Recorder:
         return Recorder(model, cache, eos, min_confidence, exit_layer=s["exit_layer"], sampling=sampling, notes=notes)
 
     rounds, tokens = [], list(prompt)
-    how = dict(drafter=recorder, draft_len=s["draft_len"], min_confidence=s["min_confidence"]) if s["exit_layer"] else {}
+    how: dict = dict(drafter=recorder, draft_len=s["draft_len"], min_confidence=s["min_confidence"]) if s["exit_layer"] else {}
     for r in generate(model, prompt, max_new_tokens=s["max_new_tokens"], sampling=sampling, eos=tuple(s["eos"]), cache=cache, **how):
-        if not s["exit_layer"]:
+        if not s["exit_layer"] and r.logits is not None:
             notes["starts"].append(cache.length - 1)
             notes["logits"].append(r.logits.numpy().copy())
             notes["margins"].append(margin(r.logits[0], len(tokens), sampling))
@@ -184,9 +190,9 @@ def events(prompt: list[int], s: dict, rounds: list[dict]) -> set[str]:
 
 def find(models: dict[str, Llama], number: int, length: int, s: dict, must: set[str]) -> tuple[dict, dict]:
     """The first of the random prompts whose case shows what it must, by a wide margin, alike in both types."""
-    model = models["float64"]
-    for attempt in count():
-        random = np.random.Generator(np.random.Philox(key=number, counter=[0, 0, 0, attempt]))
+    model, attempts = models["float64"], count()
+    while True:
+        random = np.random.Generator(np.random.Philox(key=number, counter=[0, 0, 0, next(attempts)]))
         prompt, here = random.integers(1, SHAPE.vocab_size, length).tolist(), dict(s)
         if -1 in s["eos"] or -2 in s["eos"]:
             text = [t for r in decode(model, prompt, s | {"eos": []})[0] for t in r["drafted"] + r["emitted"]]
@@ -203,13 +209,15 @@ def find(models: dict[str, Llama], number: int, length: int, s: dict, must: set[
 
 
 def load_models(path: Path) -> dict[str, Llama]:
+    """The checkpoint in each type."""
     return {name: load_checkpoint(path, dtype) for name, dtype in DTYPES.items()}
 
 
 def write(folder: Path) -> None:
     """Everything below `folder`, from nothing."""
     save_checkpoint(tiny_model(SHAPE, seed=1, damp_from=2, damping=0.25), folder / "model")
-    models, cases, tensors = load_models(folder / "model"), [], {name: {} for name in DTYPES}
+    models, cases = load_models(folder / "model"), []
+    tensors: dict[str, dict[str, np.ndarray]] = {name: {} for name in DTYPES}
     for number, (name, length, s, must) in enumerate(wanted()):
         case, vectors = find(models, number, length, s, must)
         cases.append({"name": name} | case)
@@ -221,6 +229,7 @@ def write(folder: Path) -> None:
 
 
 def kept(name: str, vectors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of a case's vectors that are committed: keys and values of a few cases alone."""
     return {kind: x for kind, x in vectors.items() if kind not in ("keys", "values") or name in KEEP_KV}
 
 
@@ -292,6 +301,7 @@ def main() -> None:
 
 
 def act(args: argparse.Namespace) -> None:
+    """The command: verifies, traces or writes."""
     if args.verify:
         found = drift()
         print(f"golden.py: {found or 'the reference gives what is committed'}", file=sys.stderr if found else sys.stdout)

@@ -6,6 +6,7 @@
 
 import argparse
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,13 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
+    """Over the last dimension."""
     x = np.exp(x - x.max(-1, keepdims=True))
     return x / x.sum(-1, keepdims=True)
 
 
 class Llama:
-    """embed, layer and unembed (1.3), from a checkpoint with Hugging Face's names."""
+    """embed, layer and unembed (1.3), from a checkpoint with Hugging Face's names. Scaled rotary positions are refused (ValueError)."""
 
     def __init__(self, folder: Path, dtype: str):
         c = json.loads((folder / "config.json").read_text())
@@ -46,9 +48,11 @@ class Llama:
         self.w.setdefault("lm_head.weight", self.w["model.embed_tokens.weight"])  # a tied head
 
     def norm(self, h: np.ndarray, name: str) -> np.ndarray:
+        """RMSNorm of rows h (T, dim)."""
         return h / np.sqrt((h * h).mean(-1, keepdims=True) + self.eps) * self.w[f"{name}.weight"]
 
     def linear(self, h: np.ndarray, name: str) -> np.ndarray:
+        """h (T, in) times a stored weight (out, in), transposed."""
         return h @ self.w[f"{name}.weight"].T
 
     def rotate(self, x: np.ndarray, start: int) -> np.ndarray:
@@ -59,6 +63,7 @@ class Llama:
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
     def embed(self, tokens: list[int]) -> np.ndarray:
+        """Hidden states (T, dim) of T tokens."""
         return self.w["model.embed_tokens.weight"][tokens]
 
     def run_layers(self, h: np.ndarray, first: int, last: int, cache: "Decoder", start: int) -> np.ndarray:
@@ -69,9 +74,9 @@ class Llama:
             at = f"model.layers.{l}"
             x = self.norm(h, f"{at}.input_layernorm")
             q, k, v = (self.linear(x, f"{at}.self_attn.{name}_proj").reshape(rows, -1, self.head_dim) for name in "qkv")
-            q = self.rotate(q, start).reshape(rows, self.kv_heads, -1, self.head_dim)  # (T, Hkv, heads that share them, hd)
+            shared = self.rotate(q, start).reshape(rows, self.kv_heads, -1, self.head_dim)  # (T, Hkv, heads that share them, hd)
             cache.keys[l, :, start:end], cache.values[l, :, start:end] = self.rotate(k, start).swapaxes(0, 1), v.swapaxes(0, 1)
-            score = np.einsum("tkgd,ksd->tkgs", q, cache.keys[l, :, :end]) * self.head_dim**-0.5
+            score = np.einsum("tkgd,ksd->tkgs", shared, cache.keys[l, :, :end]) * self.head_dim**-0.5
             mixed = np.einsum("tkgs,ksd->tkgd", softmax(np.where(unseen, -np.inf, score)), cache.values[l, :, :end])
             h = h + self.linear(mixed.reshape(rows, -1), f"{at}.self_attn.o_proj")
             x = self.norm(h, f"{at}.post_attention_layernorm")
@@ -80,6 +85,7 @@ class Llama:
         return h
 
     def unembed(self, h: np.ndarray) -> np.ndarray:
+        """Logits (T, V) of hidden states (T, dim) after any layer."""
         return self.linear(self.norm(h, "model.norm"), "lm_head")
 
 
@@ -115,7 +121,8 @@ class Decoder:
 
     def draft(self) -> list[int]:
         """5.1: layers [0, E) leave keys, values and an exit query for every row, the last one included. 7.5: E = 0 drafts nothing."""
-        n, sure, drafted, token = len(self.tokens), self.settings["min_confidence"], [], self.tokens[-1]
+        n, sure, token = len(self.tokens), self.settings["min_confidence"], self.tokens[-1]
+        drafted: list[int] = []
         limit = min(self.settings["draft_len"], self.end - n - 1)  # 5.0: a round emits one token more than it drafts
         for row in range(limit + 1 if self.exit else 0):
             h = self.model.run_layers(self.model.embed([token]), 0, self.exit, self, self.length + row)
@@ -148,7 +155,7 @@ class Decoder:
         self.length += len(emitted)
         self.tokens += emitted
 
-    def rounds(self):
+    def rounds(self) -> Iterator[dict]:
         """Draft, verify, accept, rewind until the text ends; yields the rounds as a trace has them (10.2)."""
         self.prefill()
         while len(self.tokens) < self.end:
@@ -163,7 +170,7 @@ class Decoder:
                 return
 
 
-def trace(model: Llama, cases: list[dict], decoder=Decoder) -> dict:
+def trace(model: Llama, cases: list[dict], decoder: Callable[..., Decoder] = Decoder) -> dict:
     """The trace of golden cases (10.2); keys and values where the case is short."""
     traced = []
     for case in cases:

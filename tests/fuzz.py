@@ -19,16 +19,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from helpers import tiny_config, tiny_model  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from test_loading import meta_config, write_meta  # noqa: E402
+import numpy as np
+import torch
+from helpers import tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
+from test_loading import meta_config, write_meta
 
-import data  # noqa: E402
-from decode import generation_defaults  # noqa: E402
-from model import load_checkpoint, save_checkpoint  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+import data
+from decode import generation_defaults
+from model import load_checkpoint, save_checkpoint
+from tokenizer import Tokenizer
 
 
 def directories(base: Path) -> list[Path]:

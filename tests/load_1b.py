@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
 
 LLAMA_32_1B = dict(
     model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
@@ -51,7 +51,7 @@ def write_random(path: Path, config: dict) -> None:
     text = json.dumps(header).encode()
     with open(path / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             scale = 1.0 if p.dim() == 1 else p.shape[1] ** -0.5
             weight = torch.ones(p.shape) if p.dim() == 1 else torch.randn(p.shape) * scale
             file.write(weight.bfloat16().view(torch.int16).numpy().data)

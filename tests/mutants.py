@@ -27,7 +27,7 @@ MUTANTS = [
     ("mask off by one, too much", "model.py", "[line[middle - p : middle - p + view]", "[line[middle - p - 1 : middle - p - 1 + view]", ORACLE),
     ("mask off by one, too little", "model.py", "for p in range(start, start + rows)]", "for p in (max(p, 1) - 1 for p in range(start, start + rows))]", ORACLE),
     ("draft uses layer E + 1", "drafters.py", "0, self.exit_layer, self.cache, self.cache.length + row, seen)", "0, self.exit_layer + 1, self.cache, self.cache.length + row, seen)", EXACT),
-    ("wrong noise position in the draft", "drafters.py", "drafted, position = [], self.cache.length + 1", "drafted, position = [], self.cache.length", ALWAYS),
+    ("wrong noise position in the draft", "drafters.py", "position = self.cache.length + 1", "position = self.cache.length", ALWAYS),
     ("wrong noise position in the verifier", "decode.py", "pick(logits[row], position + row)", "pick(logits[row], position)", EXACT),
     ("padding row written on", "model.py", "(0, 0, 0, short)))[: x.shape[0]]", "(0, 0, 0, short)))", EXACT),
     ("unembed without the norm", "model.py", "(self.head or self.lm_head)(self.model.norm(h))", "(self.head or self.lm_head)(h)", ORACLE),

@@ -16,11 +16,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import torch
+import transformers
 
-from decode import generate  # noqa: E402
-from model import load_checkpoint, save_checkpoint  # noqa: E402
+from decode import generate
+from model import load_checkpoint, save_checkpoint
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -13,13 +13,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from data import held_out_prompts  # noqa: E402
-from decode import DTYPES, Sampling, generate  # noqa: E402
-from model import load_checkpoint  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from data import held_out_prompts
+from decode import DTYPES, Sampling, generate
+from model import load_checkpoint
+from tokenizer import Tokenizer
 
 
 def soak(model, prompts: list[list[int]], tokens: int, sampled: bool) -> int:

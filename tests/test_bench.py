@@ -2,12 +2,13 @@
 
 import random
 
-import bench
-import bench_engine
 import pytest
 import torch
-from decode import Round, Run, new_cache
 from helpers import tiny_config, tiny_model
+
+import bench
+import bench_engine
+from decode import Round, Run, new_cache
 from model import Config, Llama
 from tokenizer import Tokenizer
 
@@ -77,7 +78,7 @@ def test_prompts_come_from_text_and_jsonl(shipped, tmp_path):
     assert bench.file_prompts(text, tokenizer) == bench.file_prompts(lines, tokenizer) == wanted
     for spoiled in ('{"prompt": 3}', '"prompt"', "prompt", ""):
         lines.write_text(spoiled)
-        with pytest.raises(ValueError, match="prompts.jsonl"):
+        with pytest.raises(ValueError, match=r"prompts\.jsonl"):
             bench.file_prompts(lines, tokenizer)
 
 

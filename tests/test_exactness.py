@@ -129,7 +129,7 @@ def test_a_draft_that_equals_the_full_model_is_always_accepted(dtype, temperatur
 
 def test_a_confident_draft_stops_before_the_doubtful_token():
     model = tiny_model(tiny_config(), damp_from=2, damping=0.1)
-    kept = [r for r in generate(model, [3, 1], exit_layer=2, draft_len=8, max_new_tokens=80, min_confidence=0.25, eos=())]
+    kept = list(generate(model, [3, 1], exit_layer=2, draft_len=8, max_new_tokens=80, min_confidence=0.25, eos=()))
     lengths = {len(r.drafted) for r in kept}
     assert min(lengths) < 8 and len(lengths) > 2
     probe = tiny_model(tiny_config(), damp_from=2, damping=0.1)

@@ -88,7 +88,7 @@ def test_lens_shows_prompt_and_continuation(cli):
 
 def test_each_generated_token_stands_right_of_the_last_layers_word(cli, ckpt, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
-    header, *rows, needs = cli(*SHORT[:2], "--lens", "--max-new-tokens", "5").out.rstrip().splitlines()
+    header, *rows, _ = cli(*SHORT[:2], "--lens", "--max-new-tokens", "5").out.rstrip().splitlines()
     known = len(Tokenizer(ckpt).encode("def f(x):"))
     cells = [[line[6 + 9 * t :][:9].strip() for t in range(known + 5)] for line in (header, *rows)]
     assert [t for t in range(known + 5) if cells[0][t].startswith("+")] == [*range(known, known + 5)]

@@ -79,3 +79,11 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
         Tokenizer(tmp_path)
     with pytest.raises(ValueError):
         Tokenizer(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("bos", [1, None])
+def test_held_out_prompts_are_ids_of_one_length_whether_there_is_a_bos_or_not(tokenizer, monkeypatch, bos):
+    monkeypatch.setattr(tokenizer, "bos", bos)
+    monkeypatch.setattr(data, "read_files", lambda files: [data.Document("a.py", "\n" * 300 + "\n    def f(x):\n        return x\n", kept_back=True)])
+    (prompt,) = data.held_out_prompts(1, tokenizer, 8)
+    assert len(prompt) == 8 and all(type(token) is int for token in prompt) and (prompt[0] == 1) == (bos is not None)
