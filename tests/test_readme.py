@@ -6,6 +6,7 @@ A new command in the README must be added to RUN or, with a reason, to NOT_RUN.
 
 import argparse
 import io
+import json
 import re
 import runpy
 import shlex
@@ -50,13 +51,13 @@ RUN = {  # command: options that follow it here, so that it ends soon
     "python bench.py coupling --prompts 8 --exits 3,6": "--prompts 2",
     "python kangaroo.py train --exit 2": "--data corpus --steps 2 --batch 2 --seq 32",
     "python train.py --out runs/small --minutes 10": TINY + " --minutes 0.02 --layers 2 --vocab 280",
+    "python decode.py --ckpt runs/small --compare": SHORT,
+    "python train.py --out runs/tuned --init runs/small --data pairs.jsonl --phase finetune": "--steps 2 --seq 32 --batch 2 --no-compile",
     "python train.py --out runs/pystdlib --steps 2700 --p-max 0.2 --dropout-time constant --exits 2,3,4,6,8,12,16,20 --rotation 2 "
     "--uniform-exits --e-scale 0.3 --lr 2e-3 --warmup 150 --save-every 300": TINY + " --steps 2 --layers 24 --vocab 280",
 }
 NOT_RUN = {  # pattern of commands: why
     "python decode.py --ckpt layerskip-*": "the weights are gated and up to 138 GB",
-    "python decode.py --ckpt runs/small --compare": "what a training that was cut short leaves is not trained; test_shipped.py compares",
-    "python train.py --out runs/tuned --init runs/small *": "data of one's own; test_train.py tunes on a .jsonl file",
     "torchrun --nproc-per-node 8 *": "eight processes; test_resume.py trains with two",
     "python bench.py train --runs 3": "needs transformers, and minutes",
     "python bench.py peers": "needs transformers",
@@ -122,6 +123,8 @@ def copy(tmp_path_factory) -> Path:
     (path / "corpus").mkdir()
     for number in range(60):  # a document's part, train or held out, is drawn by its name
         (path / "corpus" / f"{number}.py").write_text("def f(x):\n    return x + 1\n\n\n" * 20)
+    pair = json.dumps({"prompt": "def f(x):\n", "completion": "    return x + 1\n"})
+    (path / "pairs.jsonl").write_text(f"{pair}\n" * 200)
     return path
 
 
@@ -156,6 +159,9 @@ def test_every_command_parses(command, monkeypatch):
 def test_commands_run(command, copy, monkeypatch, capsys):
     script, args = script_of(command)
     monkeypatch.chdir(copy)
+    if "runs/small" in args and "--minutes" not in args and not (copy / "runs" / "small").exists():
+        train = next(c for c in RUN if "--out runs/small" in c)
+        assert run_script(copy / "train.py", script_of(train)[1] + shlex.split(RUN[train]), monkeypatch) == 0
     stdin = {"-": b"import os\n", "--interactive": b"import os\n\n"}.get(args[-1] if args else "", b"")
     code = run_script(copy / script, args + shlex.split(RUN[command]), monkeypatch, stdin)
     out, err = capsys.readouterr()
