@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "docs/walkthrough.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 SHORT = "--max-new-tokens 16"
-FEW = "--prompts 4 --tokens 16 --runs 1"
+FEW = "--tokens 16 --runs 1"
 TINY = "--data corpus --dim 16 --hidden-dim 32 --heads 2 --kv-heads 1 --head-dim 8 --seq 32 --batch 2 --no-compile"
 
 RUN = {  # command: options that follow it here, so that it ends soon
@@ -45,9 +45,9 @@ RUN = {  # command: options that follow it here, so that it ends soon
     "python bench.py ideal": "--shape 8m --prompts 2 --tokens 16 --runs 1 --alphas 0.8",
     "python bench.py sweep": "--exits 6 --drafts 4 --prompts 4 --tokens 16",
     "python bench.py sweep --exits 2,3,4,6 --drafts 5,8,12 --min-confidence 0.2": "--drafts 5 --exits 3 --prompts 4 --tokens 16",
-    "python bench.py speedup": FEW,
-    "python bench.py drafters": FEW + " --tries 2",
-    "python bench.py auto": FEW + " --exits 6 --drafts 4",
+    "python bench.py speedup": FEW + " --prompts 2",
+    "python bench.py drafters": FEW + " --prompts 1 --tries 2",
+    "python bench.py auto": FEW + " --prompts 4 --exits 6 --drafts 4",
     "python bench.py coupling --prompts 8 --exits 3,6": "--prompts 2",
     "python kangaroo.py train --exit 2": "--data corpus --steps 2 --batch 2 --seq 32",
     "python train.py --out runs/small --minutes 10": TINY + " --minutes 0.02 --layers 2 --vocab 280",
