@@ -599,6 +599,7 @@ class Llama(nn.Module):
         """
         if self.device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("c++")):
             raise ValueError("--compile needs a C++ compiler, and there is none called c++")
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # each model of a process adds a few graphs
         for layer in self.model.layers:
             layer.before, layer.after = (torch.compile(half, fullgraph=True, dynamic=True) for half in (layer.before, layer.after))
         generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,6 @@
 """The twin experiment: two models with the same data, seed and steps, one trained plainly and one with LayerSkip.
 
-    python docs/twins.py                    trains both (about half an hour each on two cores; goes on where it stopped),
+    python docs/twins.py                    trains both (a quarter of an hour to half an hour each on two cores; goes on where it stopped),
                                             decodes with both, writes docs/twins.png and docs/twins.md
     python docs/twins.py --steps 2700       the budget of the shipped checkpoint
 
@@ -82,10 +82,10 @@ def table(found: dict, steps: int, draft_len: int) -> str:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--steps", type=int, default=1000, help="of each model (default %(default)s)")
+    p.add_argument("--steps", type=int, default=400, help="of each model (default %(default)s)")
     p.add_argument("--out", type=Path, default=ROOT / "runs", help="where the models are trained (default runs/)")
     p.add_argument("--draft", type=int, default=4, help="draft length (default %(default)s)")
-    p.add_argument("--prompts", type=int, default=5)
+    p.add_argument("--prompts", type=int, default=3)
     p.add_argument("--tokens", type=int, default=128)
     args = p.parse_args()
     found = {}
