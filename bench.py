@@ -76,13 +76,13 @@ def sweep(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int
     weights, texts = (zlib.crc32(data) for data in (model.model.embed_tokens.weight.detach().view(torch.uint8).numpy().tobytes(), str(prompts).encode()))
     settings = {
         "checkpoint": f"{args.ckpt.name} {weights:08x}", "prompts": f"{len(prompts)} {texts:08x}", "tokens": args.tokens,
-        "dtype": str(model.dtype), "confidence": confidence, "threads": torch.get_num_threads(), "compiled": args.compile,
+        "dtype": str(model.dtype), "confidence": confidence, "threads": torch.get_num_threads(),
     }  # fmt: skip
     cells = read_cells(args.csv, settings) if args.csv else {}
     wanted = list(product(exits, drafts))
     missing = [cell for cell in wanted if cell not in cells]
     if missing:
-        model.pack(compile=args.compile)
+        model.pack()
         decode_all(model, prompts[:1], 32)
         plain = decode_all(model, prompts, args.tokens, "full model")
     for done, (exit_layer, draft_len) in enumerate(missing):
@@ -138,15 +138,12 @@ def draw(file: Path, exits: list[int], drafts: list[int], cells: dict, best: dic
 def fastest_plain(args: argparse.Namespace, prompts: list[list[int]]) -> tuple[str, dict, dict]:
     """The type to draft in; models by (type, exact); and the two fastest ways of plain decoding as {name: (model, {})}.
 
-    Plain decoding comes in bfloat16 and float32, exact and not; each runs a quarter of the prompts. With --compile the models
-    are compiled, and plain decoding that is not competes too.
+    Plain decoding comes in bfloat16 and float32, exact and not; each runs a quarter of the prompts.
     """
     dtype = {v: k for k, v in DTYPES.items()}[dtype_of(args)]
     ways = [(d, exact) for d in ("bfloat16", "float32") for exact in (True, False)]
-    models = {(d, exact): load_checkpoint(args.ckpt, DTYPES[d]).pack(exact, args.compile) for d, exact in ways}
+    models = {(d, exact): load_checkpoint(args.ckpt, DTYPES[d]).pack(exact) for d, exact in ways}
     plain = {f"plain, {d}{'' if exact else ', --no-exact'}": model for (d, exact), model in models.items()}
-    if args.compile:
-        plain |= {f"plain, {d}{'' if exact else ', --no-exact'}, eager": load_checkpoint(args.ckpt, DTYPES[d]).pack(exact) for d, exact in ways}
     tried = {name: decode_all(model, prompts[::4], args.tokens, name).tokens_per_second for name, model in plain.items()}
     print("tokens/s on a quarter of the prompts: " + "; ".join(f"{name} {speed:.0f}" for name, speed in tried.items()), flush=True)
     return dtype, models, {name: (plain[name], {}) for name in sorted(tried, key=tried.__getitem__)[-2:]}
@@ -247,7 +244,7 @@ def auto(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int]
 
     Fewer than 4 prompts, one a kind, are refused (ValueError).
     """
-    model = load_checkpoint(args.ckpt, dtype_of(args)).pack(compile=args.compile)
+    model = load_checkpoint(args.ckpt, dtype_of(args)).pack()
     each = args.prompts // 4
     if each < 1:
         raise ValueError("auto needs --prompts of at least 4")
@@ -345,11 +342,6 @@ def peers(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int
         "this code, plain": lambda: decode_all(model, prompts, args.tokens),
         "this code, self-speculative": lambda: decode_all(model, prompts, args.tokens, **settings),
     }
-    if args.compile:
-        compiled = load_checkpoint(args.ckpt, dtype).pack(compile=True)
-        sides["this code, plain, --compile"] = lambda: decode_all(compiled, prompts, args.tokens)
-        sides["this code, self-speculative, --compile"] = lambda: decode_all(compiled, prompts, args.tokens, **settings)
-        decode_all(compiled, prompts[:1], 8, **settings)
     for name in sides:
         progress(f"warming up: {name}")
         generated(8, **(assist if "early" in name else {})) if "transformers" in name else decode_all(model, prompts[:1], 8)
@@ -365,7 +357,7 @@ def peers(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int
     names = list(sides)
     print(f"{len(prompts)} held-out prompts x {args.tokens} tokens, {dtype}, exit {settings['exit_layer']}, draft {settings['draft_len']}, confidence {settings['min_confidence']}")
     print("| | tokens/s | against transformers | drafted texts that equal its own plain text |\n|---|---|---|---|")
-    for name, other in zip(names, 3 * names[:2]):
+    for name, other in zip(names, 2 * names[:2]):
         ids = [[r.ids[i : i + args.tokens] for i in range(0, len(r.ids), args.tokens)] for r in (last[name], last[names[names.index(name) // 2 * 2]])]
         same = f"{sum(a == b for a, b in zip(*ids))} of {len(prompts)}" if name in names[1::2] else ""
         v = found[name]
@@ -477,19 +469,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dtype": dict(choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 where the hardware multiplies it; speedup: of the drafted runs; exactness: bfloat16 and float32"),
     "adapter": dict(type=Path, metavar="DIR", help="a Kangaroo adapter for the checkpoint"),
     "draft-ckpt": dict(type=Path, metavar="DIR", help="a smaller checkpoint of the same vocabulary"),
-    "compile": dict(action="store_true", default=False, help="with compiled layers (decode.py --compile)"),
     "tries": dict(type=int, default=200, metavar="N", help="tries of the search for sublayers to skip (default %(default)s)"),
     "csv": dict(type=Path, metavar="FILE", help="write each cell to FILE as it ends; what FILE already holds is not measured again"),
     "png": dict(type=Path, metavar="FILE", help="draw the speedups as a heat map (needs matplotlib)"),
     "json": dict(metavar="FILE", help="also write the figures to FILE"),
 }
 COMMANDS: dict[str, tuple[Callable, str, dict[str, Any]]] = {  # the function, its options beside --ckpt and --json, defaults that are its own
-    "sweep": (sweep, "prompts prompts-file tokens exits drafts min-confidence dtype compile csv png", {}),
-    "speedup": (speedup, "prompts prompts-file tokens runs exits drafts min-confidence dtype compile", {}),
-    "drafters": (drafters, "prompts prompts-file tokens runs exits drafts min-confidence dtype adapter draft-ckpt tries compile", {}),
-    "auto": (auto, "prompts tokens runs exits drafts min-confidence dtype compile", {}),
+    "sweep": (sweep, "prompts prompts-file tokens exits drafts min-confidence dtype csv png", {}),
+    "speedup": (speedup, "prompts prompts-file tokens runs exits drafts min-confidence dtype", {}),
+    "drafters": (drafters, "prompts prompts-file tokens runs exits drafts min-confidence dtype adapter draft-ckpt tries", {}),
+    "auto": (auto, "prompts tokens runs exits drafts min-confidence dtype", {}),
     "coupling": (coupling, "prompts exits", {}),
-    "peers": (peers, "prompts prompts-file tokens runs exits drafts min-confidence dtype compile", {}),
+    "peers": (peers, "prompts prompts-file tokens runs exits drafts min-confidence dtype", {}),
     "train": (train, "runs", {}),
     "roofline": (roofline, "shape runs context exits drafts dtype", {"runs": 30}),
     "ideal": (ideal, "shape alphas prompts prompts-file tokens runs exits drafts dtype", {"prompts": 4, "tokens": 64, "runs": 3}),

@@ -120,7 +120,7 @@ def verify(model: Llama, cache: KVQCache, tokens: list[int], exit_layer: int, de
     Starts at exit_layer from the exit queries that the draft left, or at the embedding when exit_layer is 0. Also returns the
     hidden states (len(tokens), dim) behind those numbers of layers in `watch`, for a drafter that learns.
     """
-    h = cache.queries[: len(tokens)].clone() if exit_layer else model.embed(torch.tensor(tokens, device=model.device))
+    h = cache.queries[: len(tokens)] if exit_layer else model.embed(torch.tensor(tokens, device=model.device))
     hidden: dict = dict.fromkeys(watch)
     return model.unembed(model.run_layers(h, exit_layer, depth, cache, cache.length, hidden)), hidden
 
@@ -393,7 +393,6 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="ordinary attention and row counts: can be faster, but speculative text may leave the full model's where two tokens nearly tie",
     )
-    engine.add_argument("--compile", action="store_true", help="torch.compile the layers first (seconds to a minute; needs a C++ compiler): faster from then on, and as exact")
     inside = p.add_argument_group("looking inside")
     inside.add_argument("--lens", action="store_true", help="what every exit would say at every position of the prompt and of a short continuation, and how many layers each token needs")
     inside.add_argument("--lens-png", type=Path, metavar="FILE", help="the lens as a figure too")
@@ -562,9 +561,7 @@ def decode(args: argparse.Namespace) -> None:
         sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
         eos=() if not ends else tuple(ends[0]) if isinstance(ends[0], list) else (ends[0],),
     )
-    if args.compile:
-        print("compiling", file=sys.stderr)
-    model.pack(exact=not args.no_exact, compile=args.compile)
+    model.pack(exact=not args.no_exact)
     with whole_file(args.lens_png or args.trace_json) as file:
         if lens:
             look(model, tokenizer, settings, text, file)

@@ -21,15 +21,12 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
-from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -291,12 +288,8 @@ class RowLinear:
     """
 
     probed: ClassVar[dict[tuple, int]] = {}
-    numbers = count()
-    made: ClassVar[WeakValueDictionary[int, "RowLinear"]] = WeakValueDictionary()  # what compiled code calls by number
 
     def __init__(self, *layers: nn.Linear, exact: bool = True):
-        number = next(self.numbers)
-        self.number, self.made[number] = torch.tensor(number), self
         weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
         weight = weight.detach()
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
@@ -315,8 +308,6 @@ class RowLinear:
         self.min_rows = self.probed[key] if exact else 1
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # a compiler cannot look into packed weights: it calls this object by its number
-            return torch.ops.layerskip.row_linear(x, self.number, self.shape[0])
         short = self.min_rows - x.shape[0]
         if x.dim() > 2 or x.shape[0] > MAX_ROWS:
             return self.product(x)
@@ -325,12 +316,6 @@ class RowLinear:
         if short <= 0:
             return self.product(x)
         return self.product(F.pad(x, (0, 0, 0, short)))[: x.shape[0]]
-
-
-_library = torch.library.Library("layerskip", "DEF")
-_library.define("row_linear(Tensor x, Tensor number, int out_features) -> Tensor")
-_library.impl("row_linear", lambda x, number, out_features: RowLinear.made[int(number)](x), "CompositeExplicitAutograd")
-_library.impl("row_linear", lambda x, number, out_features: x.new_empty(x.shape[0], out_features), "Meta")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,12 +456,8 @@ class Attention(nn.Module):
         q, k = rotate(qk, cos, sin).split((n_heads, n_kv_heads), -2)
         return q, k, v
 
-    def output(self, mixed: Tensor) -> Tensor:
-        """What the heads found, (..., T, H, hd), as (..., T, dim)."""
-        return (self.out or self.o_proj)(mixed.flatten(-2))
-
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        return self.output(attend(*self.project(x, cos, sin)))
+        return (self.out or self.o_proj)(attend(*self.project(x, cos, sin)).flatten(-2))
 
 
 def row_silu(gate: Tensor) -> Tensor:
@@ -485,7 +466,7 @@ def row_silu(gate: Tensor) -> Tensor:
     PyTorch's vector loops end in a scalar tail that rounds differently. Over strided rows each row has its own tail,
     always at its end; but from 32768 elements on the range is cut between threads wherever it falls, so rows go singly.
     """
-    if not torch.compiler.is_compiling() and gate.dim() == 2 and gate.shape[0] <= MAX_ROWS and gate.numel() >= 32768:
+    if gate.dim() == 2 and gate.shape[0] <= MAX_ROWS and gate.numel() >= 32768:
         return torch.stack([F.silu(row) for row in gate])
     return F.silu(gate)
 
@@ -518,16 +499,7 @@ class Layer(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend = batch_attention) -> Tensor:
-        return self.after(h, attend(*self.before(h, cos, sin)))
-
-    def before(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention needs of h (..., T, dim): queries, keys and values. With `after`, all of a layer in which rows do not meet."""
-        return self.self_attn.project(self.input_layernorm(h), cos, sin)
-
-    def after(self, h: Tensor, mixed: Tensor) -> Tensor:
-        """The rest, from what attention found, mixed (..., T, H, hd)."""
-        h = h + self.self_attn.output(mixed)
-        del mixed  # the MLP of a long prompt needs the memory
+        h = h + self.self_attn(self.input_layernorm(h), cos, sin, attend)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -567,14 +539,13 @@ class Llama(nn.Module):
         """Where the weights are."""
         return self.model.embed_tokens.weight.device
 
-    def pack(self, exact: bool = True, compile: bool = False) -> "Llama":
+    def pack(self, exact: bool = True) -> "Llama":
         """Turns the model, in place, into one that only decodes: fused and packed products, and the promise `exact`.
 
         The plain weights are let go as their packed copies are made, so memory holds one set, and the model no longer
         trains or saves. exact=True: decoding passes give a row the same bits whatever else is in the pass. exact=False
         takes the fastest products and attention for the row count at hand; speculative text may then differ from
-        plain text where two tokens nearly tie. compile=True: see `compile_layers`. Returns the model; a second call does
-        nothing.
+        plain text where two tokens nearly tie. Returns the model; a second call does nothing.
         """
         if self.head is not None:
             return self
@@ -585,40 +556,7 @@ class Llama(nn.Module):
             del a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj
         self.head, self.exact = RowLinear(self.lm_head, exact=exact), exact
         del self.lm_head
-        if compile:
-            self.compile_layers()
         return self
-
-    @torch.inference_mode()
-    def compile_layers(self) -> None:
-        """torch.compile of the two halves of a layer (before and after attention): the same two graphs serve every layer and
-        every pass, one for a single row and one for several, so that speculative and plain decoding run the same code.
-
-        That rows do not meet in what the compiler made is tried, as in safe_rows: all counts of rows, in several places.
-        Raises ValueError where they do, or where there is no compiler.
-        """
-        if self.device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("c++")):
-            raise ValueError("--compile needs a C++ compiler, and there is none called c++")
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # each model of a process adds a few graphs
-        for layer in self.model.layers:
-            layer.before, layer.after = (torch.compile(half, fullgraph=True, dynamic=True) for half in (layer.before, layer.after))
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(MAX_ROWS, self.config.dim, generator=generator).to(self.device, self.dtype)
-        tables = self.rotary(0, MAX_ROWS)
-
-        def halves(first: int, rows: int) -> list[Tensor]:
-            h, cos, sin = (t[first : first + rows] for t in (x, *tables))
-            q, k, v = self.model.layers[0].before(h, cos, sin)
-            return [q, k, v, self.model.layers[0].after(h, q)]
-
-        whole = halves(0, MAX_ROWS)
-        for rows in range(1, MAX_ROWS) if self.exact else (1,):
-            for first in {0, 1, MAX_ROWS - rows}:
-                if self.exact and not all(torch.equal(a, b[first : first + rows]) for a, b in zip(halves(first, rows), whole)):
-                    raise ValueError("compiled layers do not keep the rows of a pass apart on this machine: leave out --compile, or add --no-exact")
-        c = self.config
-        cache = KVQCache(1, c.n_kv_heads, c.head_dim, c.dim, 2 * MAX_ROWS, 1, self.dtype, self.device)
-        self.run_layers(x.repeat(2, 1), 0, 1, cache)  # prefill's attention leaves other strides: one more graph
 
     def rotary(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
         """cos and sin (rows, 1, head_dim) for positions from `start`, in the model's dtype, from a table that grows."""

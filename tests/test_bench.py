@@ -29,7 +29,7 @@ def measured(monkeypatch) -> list:
         return Run([7] * count, [Round([7], 1, [7, 7], None, 0.0, 0.0, 24)] * 4, 1 / settings.get("exit_layer", 1))
 
     monkeypatch.setattr(bench, "decode_all", decoded)
-    monkeypatch.setattr(Llama, "pack", lambda self, compile: self)
+    monkeypatch.setattr(Llama, "pack", lambda self: self)
     return cells
 
 

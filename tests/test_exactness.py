@@ -105,17 +105,6 @@ def test_tokens_logits_and_cache_are_bitwise_the_full_models_whoever_drafts(who)
     assert seen == {"all", "some", "none"}, "the examples must cover full, partial and no acceptance"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_layers_keep_the_contract(dtype):
-    config = tiny_config(dim=64, hidden_dim=96, head_dim=16)
-    model = tiny_model(config, damp_from=2, dtype=dtype).pack(compile=True)
-    for prompt, sampling in (([3], Sampling()), (list(range(40)), Sampling(1.0, seed=3))):
-        tokens, logits, _ = reference_decode(model, prompt, 90, sampling)
-        rounds = list(generate(model, prompt, exit_layer=2, draft_len=7, max_new_tokens=90, sampling=sampling, eos=()))
-        assert [t for r in rounds for t in r.emitted] == tokens and torch.equal(torch.cat([r.logits for r in rounds]), logits)
-        assert 0 < sum(r.accepted for r in rounds) < sum(len(r.drafted) for r in rounds)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_draft_that_equals_the_full_model_is_always_accepted(dtype, temperature):

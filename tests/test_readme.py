@@ -33,7 +33,6 @@ RUN = {  # command: options that follow it here, so that it ends soon
     "python decode.py --no-verify": SHORT,
     "python decode.py --exit-confidence 0.9": SHORT,
     "python decode.py --interactive": SHORT,
-    "python decode.py --compile --interactive": SHORT,
     "python decode.py -": SHORT,
     "python decode.py --json": SHORT,
     "python decode.py --exit auto": SHORT,
