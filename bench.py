@@ -205,7 +205,7 @@ def drafters(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[
         record = json.loads((args.draft_ckpt / "training.json").read_text()) if (args.draft_ckpt / "training.json").exists() else {}
         extra["two models"] = other
         who["two models"] = ({**base, "drafter": partial(TwoModels, other=other)}, f"{record.get('tokens', 0) / 1e6:.1f}M tokens")
-    texts = load_checkpoint(args.ckpt, DTYPES[dtype])
+    texts = load_checkpoint(args.ckpt, auto_dtype(torch.device("cpu")))
     attention, mlp, _ = search_skips(texts, torch.tensor(held_out_prompts(4 * args.prompts, tokenizer, 64)[2 * args.prompts :]), args.tries, on_try=lambda n, *_: progress(f"search {n}/{args.tries}"))
     progress("")
     print(f"Draft & Verify leaves out attention {sorted(attention)} and MLP {sorted(mlp)}")
