@@ -41,9 +41,10 @@ def share_accepted(shipped, dtype, temperature: float, numbers: range, threads: 
 
 
 @pytest.mark.parametrize("first", range(0, 20, 5))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_twenty_held_out_prompts_decode_to_identical_streams(shipped, dtype, temperature, first):
+def test_twenty_held_out_prompts_decode_to_identical_streams(shipped, temperature, first):
+    """Each prompt greedily in one type and sampled in the other; tests/soak.py does more, and takes longer."""
+    dtype = torch.float32 if (first // 5 % 2) ^ (temperature > 0) else torch.bfloat16
     assert 0.2 < share_accepted(shipped, dtype, temperature, range(first, first + 5), 1) < 1
 
 
