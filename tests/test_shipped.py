@@ -40,10 +40,9 @@ def share_accepted(shipped, dtype, temperature: float, numbers: range, threads: 
     return accepted / drafted
 
 
-@pytest.mark.parametrize("first", range(0, 20, 5))
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("temperature, first", [(0.0, 0), (0.0, 5), (0.0, 10), (0.0, 15), (0.8, 0)])
 def test_twenty_held_out_prompts_decode_to_identical_streams(shipped, temperature, first):
-    """Each prompt greedily in one type and sampled in the other; tests/soak.py does more, and takes longer."""
+    """All greedily, a quarter of them sampled too, in the other type; tests/soak.py does more, and takes longer."""
     dtype = torch.float32 if (first // 5 % 2) ^ (temperature > 0) else torch.bfloat16
     assert 0.2 < share_accepted(shipped, dtype, temperature, range(first, first + 5), 1) < 1
 
