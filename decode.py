@@ -534,7 +534,8 @@ def check_modes(given: set[str]) -> None:
 
 def decode(args: argparse.Namespace) -> None:
     """The command: load, generate, show. Raises ValueError or CheckpointError, one line, on what cannot run."""
-    check_modes({name for name, value in vars(args).items() if value != parser().get_default(name)})
+    defaults = parser()
+    check_modes({name for name, value in vars(args).items() if value != defaults.get_default(name)})
     lens = args.lens or args.lens_png
     text = "" if args.interactive else read_prompt(args)
     if not text and not args.interactive:

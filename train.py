@@ -333,7 +333,7 @@ class Run:
         if (args.batch % self.world) or (args.batch // self.world) % args.accumulate:
             raise ValueError(f"--batch {args.batch} does not divide into {self.world} processes x {args.accumulate} parts (--accumulate)")
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-        if args.bf16 is None:  # without the hardware it is 30 times slower than float32
+        if args.bf16 is None:  # without the hardware it is 16 times slower than float32
             args.bf16 = auto_dtype(self.device) == torch.bfloat16
         model = load_checkpoint(args.init, torch.float32).train() if args.init else None
         layers = model.config.n_layers if model else args.layers
