@@ -40,6 +40,7 @@ from typing import Any
 import torch
 
 from bench_engine import SHAPES, alternate, bar, decode_all, described, drafting, dtype_of, exactness, ideal, memory, profile, progress, roofline, scale, table
+from compiled import compile_passes
 from data import held_out_prompts, read_files, stdlib_files
 from decode import DEFAULT_CKPT, DTYPES, Run, drafting_defaults, generation_defaults, gumbel
 from drafters import AutoExit, Drafter, EarlyExit, Jacobi, PromptLookup, SkipLayers, TwoModels, search_skips
@@ -157,29 +158,37 @@ def speedup(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[i
     dtype, models, contenders = fastest_plain(args, prompts)
     settings = drafting(args, generation_defaults(args.ckpt), models["float32", True].config)
 
-    drafted = f"speculative, {dtype}"
-    contenders[drafted] = (models[dtype, True], settings)
-    decode_all(models[dtype, True], prompts[:1], 32, **settings)
-
+    pairs = {"": models[dtype, True]}  # eager and compiled, each plain and speculative
+    if args.compile:
+        progress("compiling")
+        pairs[", compiled"] = compile_passes(load_checkpoint(args.ckpt, DTYPES[dtype]), [settings["exit_layer"]])
+    for how, model in pairs.items():
+        contenders[f"plain, {dtype}{how}"], contenders[f"speculative, {dtype}{how}"] = (model, {}), (model, settings)
+        decode_all(model, prompts[:1], 32, **settings)
     speeds, last = alternate(args, prompts, contenders)
-    same_name = f"plain, {dtype}"
-    reference = last[same_name] if same_name in last else decode_all(models[dtype, True], prompts, args.tokens, same_name)
-
     table = {name: described(values) for name, values in speeds.items()}
-    fastest = max(list(table)[:-1], key=lambda n: table[n]["median"])
-    ratio, r = table[drafted]["median"] / table[fastest]["median"], last[drafted]
-    same = r.ids == reference.ids
+    middle = {name: v["median"] for name, v in table.items()}
+    fastest = max((name for name in table if name.startswith("plain")), key=middle.__getitem__)
     print(f"{len(prompts)} held-out prompts x {args.tokens} tokens, {args.runs} alternating runs, {torch.get_num_threads()} threads; tokens/s: median (lowest to highest)")
     for name, v in table.items():
-        print(f"{name:28} {v['median']:6.0f}  ({v['low']:.0f} to {v['high']:.0f})")
-    print(
-        f"exit {settings['exit_layer']}, draft {settings['draft_len']}, confidence {settings['min_confidence']}: {ratio:.2f} times the fastest plain decoding; "
-        f"{r.acceptance or 0:.0%} accepted, {len(r.ids) / len(r.rounds):.2f} tokens per round; {'identical' if same else 'NOT identical'} to {same_name}"
-    )
-    return {
-        "settings": settings, "tokens_per_second": table, "speedup": ratio, "identical": same,
-        "acceptance": r.acceptance, "tokens_per_round": len(r.ids) / len(r.rounds),
-    }  # fmt: skip
+        print(f"{name:30} {v['median']:6.0f}  ({v['low']:.0f} to {v['high']:.0f})")
+    print(f"the fastest plain decoding: {fastest.removeprefix('plain, ')}")
+    report: dict = {"settings": settings, "tokens_per_second": table, "fastest": fastest}
+    for how in pairs:
+        plain, drafted = f"plain, {dtype}{how}", f"speculative, {dtype}{how}"
+        r, same = last[drafted], last[drafted].ids == last[plain].ids
+        report[drafted] = found = {
+            "speedup": middle[drafted] / middle[fastest], "identical": same, "acceptance": r.acceptance, "tokens_per_round": len(r.ids) / len(r.rounds)
+        }  # fmt: skip
+        print(
+            f"{drafted}, exit {settings['exit_layer']}, draft {settings['draft_len']}, confidence {settings['min_confidence']}: {found['speedup']:.2f} times the fastest plain decoding; "
+            f"{r.acceptance or 0:.0%} accepted, {found['tokens_per_round']:.2f} tokens per round; {'identical' if same else 'NOT identical'} to {plain}"
+        )
+    if args.compile:
+        gains = [middle[f"{kind}, {dtype}, compiled"] / middle[f"{kind}, {dtype}"] for kind in ("plain", "speculative")]
+        report["compiled_against_eager"] = gains
+        print(f"compiled against eager: plain {gains[0]:.2f} times, speculative {gains[1]:.2f} times")
+    return report
 
 
 def drafters(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
@@ -342,6 +351,11 @@ def peers(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int
         "this code, plain": lambda: decode_all(model, prompts, args.tokens),
         "this code, self-speculative": lambda: decode_all(model, prompts, args.tokens, **settings),
     }
+    if args.compile:
+        progress("compiling")
+        fast = compile_passes(load_checkpoint(args.ckpt, dtype), [settings["exit_layer"]])
+        sides["this code, plain, compiled"] = lambda: decode_all(fast, prompts, args.tokens)
+        sides["this code, self-speculative, compiled"] = lambda: decode_all(fast, prompts, args.tokens, **settings)
     for name in sides:
         progress(f"warming up: {name}")
         generated(8, **(assist if "early" in name else {})) if "transformers" in name else decode_all(model, prompts[:1], 8)
@@ -357,7 +371,7 @@ def peers(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int
     names = list(sides)
     print(f"{len(prompts)} held-out prompts x {args.tokens} tokens, {dtype}, exit {settings['exit_layer']}, draft {settings['draft_len']}, confidence {settings['min_confidence']}")
     print("| | tokens/s | against transformers | drafted texts that equal its own plain text |\n|---|---|---|---|")
-    for name, other in zip(names, 2 * names[:2]):
+    for name, other in zip(names, 3 * names[:2]):
         ids = [[r.ids[i : i + args.tokens] for i in range(0, len(r.ids), args.tokens)] for r in (last[name], last[names[names.index(name) // 2 * 2]])]
         same = f"{sum(a == b for a, b in zip(*ids))} of {len(prompts)}" if name in names[1::2] else ""
         v = found[name]
@@ -467,6 +481,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "min-confidence": dict(type=float, metavar="C", help="default: 0.3 (sweep), the checkpoint's own (others)"),
     "alphas": dict(type=numbers(float), default=[0.6, 0.8, 0.95], metavar="A,...", help="acceptances to set (default 0.6,0.8,0.95)"),
     "dtype": dict(choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 where the hardware multiplies it; speedup: of the drafted runs; exactness: bfloat16 and float32"),
+    "compile": dict(action="store_true", default=False, help="with torch.compile too (speedup, peers)"),
     "adapter": dict(type=Path, metavar="DIR", help="a Kangaroo adapter for the checkpoint"),
     "draft-ckpt": dict(type=Path, metavar="DIR", help="a smaller checkpoint of the same vocabulary"),
     "tries": dict(type=int, default=200, metavar="N", help="tries of the search for sublayers to skip (default %(default)s)"),
@@ -476,11 +491,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 COMMANDS: dict[str, tuple[Callable, str, dict[str, Any]]] = {  # the function, its options beside --ckpt and --json, defaults that are its own
     "sweep": (sweep, "prompts prompts-file tokens exits drafts min-confidence dtype csv png", {}),
-    "speedup": (speedup, "prompts prompts-file tokens runs exits drafts min-confidence dtype", {}),
+    "speedup": (speedup, "prompts prompts-file tokens runs exits drafts min-confidence dtype compile", {}),
     "drafters": (drafters, "prompts prompts-file tokens runs exits drafts min-confidence dtype adapter draft-ckpt tries", {}),
     "auto": (auto, "prompts tokens runs exits drafts min-confidence dtype", {}),
     "coupling": (coupling, "prompts exits", {}),
-    "peers": (peers, "prompts prompts-file tokens runs exits drafts min-confidence dtype", {}),
+    "peers": (peers, "prompts prompts-file tokens runs exits drafts min-confidence dtype compile", {}),
     "train": (train, "runs", {}),
     "roofline": (roofline, "shape runs context exits drafts dtype", {"runs": 30}),
     "ideal": (ideal, "shape alphas prompts prompts-file tokens runs exits drafts dtype", {"prompts": 4, "tokens": 64, "runs": 3}),

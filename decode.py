@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from cache import KVQCache
+from compiled import compile_passes
 from drafters import AutoExit, Drafter, EarlyExit, Jacobi, Pick, PromptLookup, SkipLayers, TwoModels
 from kangaroo import ETA, Kangaroo, load_adapter
 from model import MAX_ROWS, CheckpointError, Config, Llama, auto_dtype, load_checkpoint, parse_object, prefill
@@ -237,17 +238,21 @@ def _rounds(
             return
 
 
+def confident_exits(exit_layer: int, layers: int) -> list[int]:
+    """Where a token may leave by confidence: behind exit_layer and every eighth of the layers after it."""
+    return list(range(exit_layer, layers, max(1, layers // 8)))
+
+
 @torch.inference_mode()
 def _confident(
     model: Llama, cache: KVQCache, tokens: list[int], exit_layer: int, end: int, sampling: Sampling, confidence: float, eos: Collection[int]
 ) -> Iterator[Round]:
     """LITE's dynamic early exit (arXiv 2310.18581, section 4): a token leaves at the first exit that is sure of it.
 
-    Exits are exit_layer and every eighth of the layers after it; sure is a top probability of at least `confidence`. The
-    layers that a token does not run get their keys and values from its last hidden state. Nothing is verified.
+    Sure is a top probability of at least `confidence`, exits are those of confident_exits. The layers that a token does not run get their keys and values from its last hidden state. Nothing is verified.
     """
     layers = model.config.n_layers
-    exits = [*range(exit_layer, layers, max(1, layers // 8)), layers]
+    exits = [*confident_exits(exit_layer, layers), layers]
     prefill(model, cache, tokens[:-1], layers)
     while len(tokens) < end:
         started, depth = time.perf_counter(), 0
@@ -393,6 +398,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="ordinary attention and row counts: can be faster, but speculative text may leave the full model's where two tokens nearly tie",
     )
+    engine.add_argument("--compile", action="store_true", help="torch.compile the layers first (half a minute to some minutes; needs a C++ compiler): faster from then on, and as exact")
     inside = p.add_argument_group("looking inside")
     inside.add_argument("--lens", action="store_true", help="what every exit would say at every position of the prompt and of a short continuation, and how many layers each token needs")
     inside.add_argument("--lens-png", type=Path, metavar="FILE", help="the lens as a figure too")
@@ -563,6 +569,10 @@ def decode(args: argparse.Namespace) -> None:
         eos=() if not ends else tuple(ends[0]) if isinstance(ends[0], list) else (ends[0],),
     )
     model.pack(exact=not args.no_exact)
+    if args.compile:
+        exits = exits_of(settings, model.config.n_layers)
+        print(f"compiling for exits {', '.join(map(str, exits)) or 'at the last layer alone'}", file=sys.stderr)
+        compile_passes(model, exits)
     with whole_file(args.lens_png or args.trace_json) as file:
         if lens:
             look(model, tokenizer, settings, text, file)
@@ -575,6 +585,16 @@ def decode(args: argparse.Namespace) -> None:
 def drafts(settings: dict) -> bool:
     """Whether these settings of generate draft and verify."""
     return (settings["exit_layer"] > 0 or settings["drafter"] is not None) and not settings["no_verify"] and not settings["exit_confidence"]
+
+
+def exits_of(settings: dict, layers: int) -> list[int]:
+    """The exit layers that these settings of generate use."""
+    drafter = getattr(settings["drafter"], "func", settings["drafter"])
+    if settings["exit_confidence"]:
+        return confident_exits(settings["exit_layer"], layers)
+    if drafter is AutoExit:
+        return AutoExit.choices(layers, settings["exit_layer"])
+    return [settings["exit_layer"]] if settings["exit_layer"] and drafter in (None, Kangaroo) else []
 
 
 def look(model: Llama, tokenizer: Tokenizer, settings: dict, text: str, file: BinaryIO | None) -> None:

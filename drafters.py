@@ -10,8 +10,10 @@
 A drafter of one's own is a class with a `draft` method; Kangaroo's is in kangaroo.py.
 """
 
+import math
 import time
-from collections.abc import Callable, Set
+from collections import deque
+from collections.abc import Callable, Collection, Set
 from weakref import WeakKeyDictionary
 
 import torch
@@ -98,22 +100,28 @@ class AutoExit(EarlyExit):
     """EarlyExit that chooses E and the draft length for each round, from what earlier rounds showed (after DEL, arXiv 2504.05598).
 
     Every verified token is a trial of every exit: would its guess have been sure, and right? One round in EVERY, all exits are
-    tried over the rows that were verified, at the price of one unembedding. With s, the share of sure guesses, and r, the
-    share of sure and right ones, a draft of at most d tokens drafts sum s^k and gets sum r^k accepted, k = 1..d;
-    its time follows from costs that are measured once on the machine at hand. The (E, d) of most tokens per second drafts.
+    tried over the rows that were verified, at the price of one unembedding. The rounds that each exit and draft length
+    would have made of the last tokens tried are then played again, with costs measured once on the machine at hand; the
+    setting of most tokens per second drafts.
     """
 
-    EVERY = 4
-    MEMORY = 48.0  # verified rows after which a trial counts 1/e
+    EVERY = 3
+    MEMORY = 64  # tokens tried that are played again
 
     def __init__(self, model: Llama, cache: KVQCache, eos: tuple[int, ...] = (), min_confidence: float = 0.0, *, exit_layer: int | None = None):
         layers = model.config.n_layers
         super().__init__(model, cache, eos, min_confidence, exit_layer=exit_layer or max(1, layers // 4))
-        self.exits = sorted({max(1, round(layers * share)) for share in (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)} | {self.exit_layer})
-        self.exits = [e for e in self.exits if e < layers]
-        self.draft_len, self.turn, self.trying = 4, -1, True
-        self.trials, self.sure, self.right = (dict.fromkeys(self.exits, 0.0) for _ in range(3))
+        self.exits = self.choices(layers, self.exit_layer)
+        self.draft_len, self.turn, self.trying = 8, -1, True
+        self.sure: dict[int, deque[bool]] = {e: deque(maxlen=self.MEMORY) for e in self.exits}  # by token tried
+        self.right: dict[int, deque[bool]] = {e: deque(maxlen=self.MEMORY) for e in self.exits}  # sure and right
         self.early: list[dict] = []  # of each draft row: its hidden states behind the exits up to exit_layer
+
+    @staticmethod
+    def choices(layers: int, exit_layer: int) -> list[int]:
+        """The exits of a model that are tried: shares of its layers, and exit_layer."""
+        shares = {max(1, round(layers * share)) for share in (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)}
+        return sorted(e for e in shares | {exit_layer} if e < layers)
 
     def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
         self.turn += 1
@@ -135,27 +143,36 @@ class AutoExit(EarlyExit):
         for i, e in enumerate(self.exits):
             for row, token in enumerate(emitted):
                 sure = confidence[i][row] > self.min_confidence
-                right = sure and pick(guesses[i, row], len(tokens) + row) == token
-                for counts, value in ((self.trials, 1), (self.sure, sure), (self.right, right)):
-                    counts[e] = counts[e] * (1 - 1 / self.MEMORY) + value
+                self.sure[e].append(sure)
+                self.right[e].append(sure and pick(guesses[i, row], len(tokens) + row) == token)
         self.exit_layer, self.draft_len = self.best()
 
     def best(self) -> tuple[int, int]:
-        """The exit and draft length of most expected tokens per second; a draft of 0 tokens is plain decoding."""
+        """The exit and draft length of most tokens per second over the tokens tried; a draft of 0 tokens is plain decoding."""
         layer, head = pass_seconds(self.model)
-        found, fastest = (self.exit_layer, 0), 0.0
+        layers, found, least = self.model.config.n_layers, (self.exit_layer, 0), math.inf
         for e in self.exits:
-            sure, right = self.sure[e] / self.trials[e], self.right[e] / self.trials[e]  # sure; sure and right
-            drafted = accepted = 0.0
-            for d in range(MAX_ROWS):
-                if d:
-                    drafted, accepted = drafted + sure**d, accepted + right**d
-                looked = drafted + 1 - sure**d  # a doubtful guess is paid for too
-                seconds = (drafted + 1) * e * layer(1) + looked * head(1)
-                seconds += (self.model.config.n_layers - e) * layer(drafted + 1) + head(drafted + 1)
-                if (1 + accepted) / seconds > fastest:
-                    found, fastest = (e, d), (1 + accepted) / seconds
+            sure, right = run_lengths(self.sure[e]), run_lengths(self.right[e])
+            for d in (0, 1, 2, 3, 4, 6, 8, 11, MAX_ROWS - 1):
+                seconds, place = 0.0, 0
+                while place < len(right):  # a round: it drafts while it is sure, and ends behind the first wrong guess
+                    drafted = min(d, sure[place])
+                    seconds += (drafted + 1) * e * layer(1) + min(drafted + 1, d) * head(1)  # a doubtful guess is paid for too
+                    seconds += (layers - e) * layer(drafted + 1) + head(drafted + 1)
+                    place += min(d, right[place]) + 1
+                seconds *= len(right) / place  # the last round may go on behind the tokens tried
+                if seconds < least:
+                    found, least = (e, d), seconds
         return found
+
+
+def run_lengths(flags: Collection[bool]) -> list[int]:
+    """At each place, how many in a row are true from there on: [True, True, False, True] -> [2, 1, 0, 1]."""
+    lengths, run = [], 0
+    for flag in reversed(list(flags)):
+        run = run + 1 if flag else 0
+        lengths.append(run)
+    return lengths[::-1]
 
 
 _measured: WeakKeyDictionary = WeakKeyDictionary()

@@ -279,35 +279,57 @@ def packed_product(weight: Tensor) -> Product:
     return lambda x: linear(x, packed, None, "none", [], "")
 
 
+def batched_product(weight: Tensor) -> Product:
+    """x -> x W^T for a weight (out, in), where 2 to MAX_ROWS rows are a batch of products of one row each."""
+
+    def product(x: Tensor) -> Tensor:
+        if x.dim() > 2 or not 1 < x.shape[0] <= MAX_ROWS:
+            return F.linear(x, weight)
+        return torch.bmm(x[:, None], weight.t().expand(x.shape[0], -1, -1))[:, 0]
+
+    return product
+
+
 class RowLinear:
     """x (T, in) -> (T, out), one or several linear layers of the same input in one product, row by row the same bits.
 
     On a CPU the weight is packed once into oneDNN's blocked layout, which is both faster than the plain layout and less
     sensitive to the number of rows (2048 x 8192 on a Zen 4 pair of cores, bfloat16: 0.54 ms against 1.67 for one row, 1.2
-    against 1.8 for eight). A pass with fewer rows than `safe_rows` is padded up to it.
+    against 1.8 for eight). A call of it costs 20 microseconds before it multiplies, though: a float32 weight of up to SMALL
+    bytes goes row by row through MKL (768 x 192 on a Zen 3 pair: one row 19 microseconds against 34, five about equal, nine
+    130 against 70; drafts and plain decoding run one row at a time). A pass with fewer rows than `safe_rows` is padded up to it.
     """
 
+    SMALL = 1 << 20
     probed: ClassVar[dict[tuple, int]] = {}
+    number: int  # what compiled code calls it by, see compiled.py
 
     def __init__(self, *layers: nn.Linear, exact: bool = True):
         weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
         weight = weight.detach()
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
-        packs = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if self.dtype == torch.bfloat16:
-            packs = packs and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        elif self.dtype == torch.float32:
-            packs = packs and exact  # one float32 row of a small layer is faster in MKL
-        else:
-            packs = False
-        make_product = packed_product if packs else linear_product
-        self.product = make_product(weight)
-        key = (self.shape, self.dtype, str(self.device), torch.get_num_threads())
-        if exact and key not in self.probed:
-            self.probed[key] = safe_rows(make_product, weight)
-        self.min_rows = self.probed[key] if exact else 1
+        on_cpu = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        ways = [linear_product]
+        if on_cpu and self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            ways = [packed_product]
+        elif on_cpu and self.dtype == torch.float32 and exact:
+            ways = [packed_product] if weight.nbytes > self.SMALL else [batched_product, packed_product]
+        for way in ways:  # the first whose rows need no padding, or the last
+            self.min_rows = self.safe_rows(way, weight) if exact else 1
+            if self.min_rows == 1:
+                break
+        self.product = way(weight)
+
+    def safe_rows(self, way: Callable[[Tensor], Product], weight: Tensor) -> int:
+        """safe_rows of a kind of product for a weight (out, in) of this shape, probed once in a process."""
+        key = (way, self.shape, self.dtype, str(self.device), torch.get_num_threads())
+        if key not in self.probed:
+            self.probed[key] = safe_rows(way, weight)
+        return self.probed[key]
 
     def __call__(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # a compiler cannot look into packed weights, nor keep rows apart
+            return torch.ops.layerskip.row_linear(x, self.number, self.shape[0])
         short = self.min_rows - x.shape[0]
         if x.dim() > 2 or x.shape[0] > MAX_ROWS:
             return self.product(x)
@@ -466,7 +488,7 @@ def row_silu(gate: Tensor) -> Tensor:
     PyTorch's vector loops end in a scalar tail that rounds differently. Over strided rows each row has its own tail,
     always at its end; but from 32768 elements on the range is cut between threads wherever it falls, so rows go singly.
     """
-    if gate.dim() == 2 and gate.shape[0] <= MAX_ROWS and gate.numel() >= 32768:
+    if not torch.compiler.is_compiling() and gate.dim() == 2 and gate.shape[0] <= MAX_ROWS and gate.numel() >= 32768:
         return torch.stack([F.silu(row) for row in gate])
     return F.silu(gate)
 
@@ -527,6 +549,7 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.head: RowLinear | None = None  # set by pack, as is exact
         self.exact = True
+        self.compiled: Callable[..., Tensor] | None = None  # set by compile_passes in compiled.py
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -585,6 +608,8 @@ class Llama(nn.Module):
                 h = layer(h, cos, sin)
             return h
         attention = CachedAttention(cache, start, h.shape[0], h.dtype, self.exact)
+        if self.compiled and h.shape[0] <= MAX_ROWS:
+            return self.compiled(h, cos, sin, first, last, attention, seen)
         for index in range(first, last):
             h = self.model.layers[index](h, cos, sin, lambda q, k, v: attention(index, q, k, v))
             if seen and index + 1 in seen:

@@ -17,6 +17,8 @@ BUDGET = "test_exactness.py::test_a_round_never_emits_past_the_budget_the_contex
 
 KANGAROO = "test_drafters.py::test_an_adapter_that_adds_nothing_drafts_what_the_exit_drafts"
 TWO = "test_drafters.py::test_a_draft_model_that_is_the_model_is_always_right"
+COMPILED = "test_compiled.py::test_compiled_tokens_and_logits_are_bitwise_the_compiled_full_models"
+AUTO_COMPILED = "test_compiled.py::test_exit_auto_finds_its_exits_compiled"
 JUDGE = "test_drafters.py::test_exit_auto_judges_exits_by_what_was_verified"
 
 # fault, file, code as it is, code as it breaks, the test that must see it
@@ -41,6 +43,8 @@ MUTANTS = [
     ("an adapter remembers rejected tokens", "kangaroo.py", "        self.own.rewind(self.cache.length)\n", "        self.own.rewind(self.own.length)\n", KANGAROO),
     ("a draft model remembers rejected tokens", "drafters.py", "self.own.rewind(same)", "self.own.rewind(self.own.length)", TWO),
     ("an exit is judged by the next position", "drafters.py", "len(tokens) + row) == token\n", "len(tokens) + row + 1) == token\n", JUDGE),
+    ("compiled attention of another layer", "compiled.py", "layerskip.attend(q, k, v, index)", "layerskip.attend(q, k, v, first)", COMPILED),
+    ("an exit is seen a piece late", "compiled.py", "if seen and end in seen:", "if seen and start in seen:", AUTO_COMPILED),
     ("what a drafter left is trusted when it left nothing", "drafters.py", "tokens[-1], limit, pick), 0\n\n    def run", "tokens[-1], limit, pick), 1\n\n    def run", EXACT),
 ]  # fmt: skip
 

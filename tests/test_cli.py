@@ -55,6 +55,11 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(cli):
     assert "30 tokens in" in run.err and "accepted" in run.err and "tokens per round" in run.err
 
 
+def test_compiled_text_is_compared_too(cli):
+    run = cli(*SHORT, "--exit", "2", "--compile", "--compare")
+    assert run.code == 0 and "compiling for exits 2" in run.err and "identical to the full model (30 tokens, logits equal to the last bit)" in run.err
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "auto"])
 @pytest.mark.parametrize("how", [[], ["--temperature", "0.8", "--top-p", "0.9", "--top-k", "50", "--seed", "7"]])
 def test_every_exit_and_draft_length_prints_the_full_models_text(cli, dtype, how):

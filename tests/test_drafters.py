@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import kangaroo
 from decode import Sampling, generate, new_cache, sublayers
-from drafters import AutoExit, Drafter, Jacobi, PromptLookup, SkipLayers, TwoModels, search_skips
+from drafters import AutoExit, Drafter, Jacobi, PromptLookup, SkipLayers, TwoModels, run_lengths, search_skips
 from kangaroo import Adapter, Kangaroo
 from model import CheckpointError, Llama
 
@@ -87,7 +87,7 @@ def test_exit_auto_judges_exits_by_what_was_verified():
 
     rounds = decode(model, [3, 1], drafter, temperature=1.0, count=150, draft_len=8)
     auto = made[0]
-    share = {e: auto.right[e] / auto.trials[e] for e in auto.exits}
+    share = {e: sum(auto.right[e]) / len(auto.right[e]) for e in auto.exits}
     assert auto.exits == [1, 2, 3, 4, 5] and all(share[e] == 1 for e in (3, 4, 5)) and share[1] < 0.9
     assert auto.exit_layer == 3 and auto.draft_len > 3, "the first that is always right, and long drafts"
     assert all(r.accepted == len(r.drafted) for r in rounds[1:])
@@ -98,6 +98,25 @@ def test_exit_auto_stops_drafting_where_no_exit_is_ever_right(monkeypatch):
     model = tiny_model(tiny_config(n_layers=8, vocab_size=200), seed=3)
     rounds = decode(model, [3, 1], partial(AutoExit, exit_layer=2), count=200)
     assert sum(len(r.drafted) for r in rounds[40:]) < 0.2 * len(rounds[40:])
+
+
+def test_run_lengths_count_what_follows():
+    assert run_lengths([True, True, False, True]) == [2, 1, 0, 1] and run_lengths([]) == []
+
+
+def test_exit_auto_plays_the_last_tokens_again(monkeypatch):
+    """A guess is right ten times, then wrong five times: long drafts pay at first costs, none where drafting is dear."""
+    model = tiny_model(tiny_config(n_layers=4))
+    auto = AutoExit(model, None, exit_layer=1)
+    auto.exits = [1]
+    auto.sure[1].extend([True] * 45)
+    auto.right[1].extend(([True] * 10 + [False] * 5) * 3)
+    monkeypatch.setattr("drafters.pass_seconds", lambda model: (lambda rows: 1.0, lambda rows: 0.0))
+    # d = 11: per 15 tokens a round of 12 + 3 s that gains 11, then 4 of them that gain one each: 75 s; d = 4: 5 + 3 s, gains of 5, 5, 1 x 5: 56 s
+    # d = 1: 2 + 3 s for gains of 2 x 5 and 1 x 5: 50 s; d = 2: 3 + 3 s, gains of 3, 3, 3, 2, 1 x 4: 48 s; plain: 4 s a token: 60 s
+    assert auto.best() == (1, 2)
+    monkeypatch.setattr("drafters.pass_seconds", lambda model: (lambda rows: rows, lambda rows: 0.0))
+    assert auto.best() == (1, 0), "verifying is as dear as decoding"
 
 
 def test_a_drafter_of_ones_own_is_a_class_with_one_method():

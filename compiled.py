@@ -1,0 +1,110 @@
+"""torch.compile for decoding (`decode.py --compile`): fewer and larger operations, the same bits drafted or not.
+
+    compile_passes(model, (6,))     layers [0, 6) and [6, L) become a graph each
+
+A pass is a run of those pieces: a draft is the first, a verification the second, plain decoding both, one after the other. So
+whoever drafts, a token goes through the same compiled code, and nothing is fused across the layer where a draft ends. In a
+graph, what is row-wise by nature (norms, rotation, SiLU, sums) is compiled, on one thread, so that no sum over a row is split;
+what holds rows apart in model.py, RowLinear and CachedAttention, is called from the graph as it is.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from cache import KVQCache
+from model import MAX_ROWS, CachedAttention, Layer, Llama, RowLinear
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a graph calls and does not look into, as operations of PyTorch: they take numbers, not objects
+
+_products: WeakValueDictionary[int, RowLinear] = WeakValueDictionary()
+_attention: list[CachedAttention] = []  # that of the running pass
+
+_library = torch.library.Library("layerskip", "DEF")
+_library.define("row_linear(Tensor x, int number, int out_features) -> Tensor")
+_library.impl("row_linear", lambda x, number, out_features: _products[number](x), "CompositeExplicitAutograd")
+_library.impl("row_linear", lambda x, number, out_features: x.new_empty(x.shape[0], out_features), "Meta")
+_library.define("attend(Tensor q, Tensor k, Tensor v, int layer) -> Tensor")
+_library.impl("attend", lambda q, k, v, layer: _attention[-1](layer, q, k, v).contiguous(), "CompositeExplicitAutograd")
+_library.impl("attend", lambda q, k, v, layer: q.new_empty(q.shape), "Meta")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Graphs
+
+OPTIONS = {
+    "cpp.threads": 1,
+    "emulate_precision_casts": True,  # round to bfloat16 where PyTorch does: else a row alone, fused otherwise than several, has other bits
+    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,  # a packed model does not change
+}
+
+
+class Pieces:
+    """Layers as compiled graphs between `cuts`, 0 and L among them; Llama.run_layers calls it for decoding passes."""
+
+    def __init__(self, layers: Iterable[Layer], cuts: list[int]):
+        layers, self.cuts = list(layers), cuts
+        self.graphs = {first: self.piece(layers[first:last], first) for first, last in pairwise(cuts)}
+
+    def piece(self, layers: list[Layer], first: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Those layers, the first of them number `first`, as one graph from h (T, dim), cos and sin to h."""
+
+        def run(h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            for index, layer in enumerate(layers, first):
+                h = layer(h, cos, sin, lambda q, k, v: torch.ops.layerskip.attend(q, k, v, index))
+            return h
+
+        return torch.compile(run, fullgraph=True, isolate_recompiles=True, options=OPTIONS)  # type: ignore[call-overload]  # missing in its overloads
+
+    def __call__(self, h: Tensor, cos: Tensor, sin: Tensor, first: int, last: int, attention: CachedAttention, seen: dict | None = None) -> Tensor:
+        """Llama.run_layers on rows h (T, dim). ValueError where the pass begins or ends inside a piece."""
+        within = [cut for cut in self.cuts if first <= cut <= last]
+        if first < last and (within[:1] != [first] or within[-1:] != [last] or not set(seen or ()) <= {*self.cuts}):
+            raise ValueError(f"the model was compiled to exit behind layers {self.cuts[1:-1]}, and a pass of layers {first} to {last} was asked for")
+        if not h.is_inference():  # exit queries, from a buffer made outside: to a graph another kind of tensor
+            h = h.clone()
+        _attention.append(attention)
+        try:
+            for start, end in pairwise(within):
+                if h.shape[0] > 1:  # one graph for a single row, one for any other number
+                    for rows in (h, cos, sin):
+                        torch._dynamo.maybe_mark_dynamic(rows, 0)
+                h = self.graphs[start](h, cos, sin)
+                if seen and end in seen:
+                    seen[end] = h
+        finally:
+            _attention.pop()
+        return h
+
+
+@torch.inference_mode()
+def compile_passes(model: Llama, exits: Iterable[int] = ()) -> Llama:
+    """Compiles, in place, a model's decoding passes for those exit layers; packs it if it is not. Returns the model.
+
+    Takes some seconds for each exit. That rows do not meet in what the compiler made is tried, as in safe_rows: counts of rows, in
+    several places. Raises ValueError where they do, where an exit does not exist, or where there is no compiler.
+    """
+    if model.device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("c++")):
+        raise ValueError("--compile needs a C++ compiler, and there is none called c++")
+    c, model = model.config, model.pack()
+    if wrong := [e for e in exits if not 0 < e < c.n_layers]:
+        raise ValueError(f"exit layers lie from 1 to {c.n_layers - 1}, not {wrong[0]}")
+    for layer in model.model.layers:
+        for product in (layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down):
+            product.number = max(_products, default=-1) + 1
+            _products[product.number] = product
+    model.compiled = Pieces(model.model.layers, sorted({0, *exits, c.n_layers}))
+    x = torch.randn(MAX_ROWS, c.dim, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+    cache = KVQCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, MAX_ROWS, 1, model.dtype, model.device)
+    whole = model.run_layers(x, 0, c.n_layers, cache)
+    for rows in (1, 2, 5, MAX_ROWS - 1):
+        for first in {0, 1, MAX_ROWS - rows}:
+            part = slice(first, first + rows)
+            if not torch.equal(model.run_layers(x[part], 0, c.n_layers, cache, first), whole[part]) and model.exact:
+                raise ValueError("compiled layers do not keep the rows of a pass apart on this machine: leave out --compile, or add --no-exact")
+    return model

@@ -1,0 +1,61 @@
+"""Compiled decoding: the same bits, drafted or not."""
+
+import pytest
+import torch
+from helpers import reference_decode, tiny_config, tiny_model
+
+import compiled
+from compiled import compile_passes
+from decode import Sampling, generate
+from drafters import AutoExit, PromptLookup
+from model import Layer
+
+SHAPES = {  # tails of vectors, one and several key/value heads, heads that share them
+    "ragged": dict(dim=50, hidden_dim=33, n_heads=6, n_kv_heads=3, head_dim=6, max_len=150),
+    "even": dict(dim=64, hidden_dim=96, n_heads=3, n_kv_heads=1, head_dim=64, max_len=150),
+}
+
+
+@pytest.mark.parametrize("shape, dtype", [("ragged", torch.float32), ("ragged", torch.bfloat16), ("even", torch.bfloat16), ("even", torch.float64)])
+def test_compiled_tokens_and_logits_are_bitwise_the_compiled_full_models(shape, dtype, monkeypatch):
+    model = tiny_model(tiny_config(n_layers=4, **SHAPES[shape]), damp_from=1, damping=0.3, dtype=dtype)
+    eager, _, _ = reference_decode(model.pack(), [3, 1, 4], 100, Sampling(), ())
+    compile_passes(model, [2])
+    monkeypatch.setattr(Layer, "forward", None)  # from here on nothing but the graphs can run
+    found = set()
+    for sampling in (Sampling(), Sampling(0.8, seed=3)):
+        tokens, logits, _ = reference_decode(model, [3, 1, 4], 100, sampling, ())
+        for how in (dict(exit_layer=2, draft_len=7), dict(exit_layer=2, draft_len=15, min_confidence=0.1), dict(draft_len=4, drafter=PromptLookup)):
+            rounds = list(generate(model, [3, 1, 4], max_new_tokens=100, sampling=sampling, eos=(), **how))
+            assert [t for r in rounds for t in r.emitted] == tokens
+            assert torch.equal(torch.cat([r.logits for r in rounds]), logits)
+            found |= {len(r.drafted) for r in rounds}
+        if not sampling.temperature and dtype != torch.bfloat16:
+            assert tokens == eager
+    assert len(found) > 5
+    with pytest.raises(ValueError, match="compiled to exit behind layers"):
+        list(generate(model, [1], exit_layer=1, max_new_tokens=3, eos=()))
+
+
+def test_exit_auto_finds_its_exits_compiled():
+    """Pieces of one layer each; exits seen on the way do not change what is said."""
+    model = compile_passes(tiny_model(tiny_config(n_layers=3), damp_from=1, damping=0.3), AutoExit.choices(3, 1))
+    plain = [t for r in generate(model, [3, 1], max_new_tokens=60, eos=()) for t in r.emitted]
+    rounds = list(generate(model, [3, 1], max_new_tokens=60, eos=(), draft_len=15, drafter=AutoExit))
+    assert [t for r in rounds for t in r.emitted] == plain and any(r.accepted for r in rounds)
+
+
+def test_rows_that_a_compiler_does_not_keep_apart_are_found_out(monkeypatch):
+    monkeypatch.setattr(compiled.Pieces, "piece", lambda self, layers, first: lambda h, cos, sin: h + h.sum() * 1e-3)
+    with pytest.raises(ValueError, match="leave out --compile"):
+        compile_passes(tiny_model(tiny_config()), [2])
+    compile_passes(tiny_model(tiny_config()).pack(exact=False), [2])
+
+
+def test_what_cannot_be_compiled_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="exit layers lie from 1 to 2"):
+        compile_passes(tiny_model(tiny_config(n_layers=3)), [3])
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
+        compile_passes(tiny_model(tiny_config(n_layers=3)), [1])
