@@ -415,25 +415,38 @@ class CachedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Writes k, v (T, Hkv, hd) into the cache, attends with q (T, H, hd); returns (T, H, hd)."""
-        self.cache.write(layer, self.start, k, v)
         rows, heads, head_dim = q.shape
+        if self.row_by_row:
+            return gather_heads(self.attend_rows(layer, spread_heads(q, k.shape[1]), k, v), heads)
         groups = k.shape[1]
-        q = q.view(rows, groups, heads // groups, head_dim)  # (T, Hkv, heads that share them, hd)
-        if not self.row_by_row:
-            keys, values = self.cache.read(layer, self.start + rows)
-            q = q.permute(1, 2, 0, 3).reshape(1, groups, -1, head_dim)  # heads that share keys: more query rows
-            mask = self.mask.repeat(heads // groups, 1)
-            mixed = F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=mask)
-            return mixed.view(heads, rows, head_dim).transpose(0, 1)
-        q = F.pad(q, (0, 0, 0, -q.shape[2] % 8)).contiguous()
-        out = []
+        self.cache.write(layer, self.start, k, v)
+        keys, values = self.cache.read(layer, self.start + rows)
+        q = q.view(rows, groups, -1, head_dim).permute(1, 2, 0, 3).reshape(1, groups, -1, head_dim)  # heads that share keys: more query rows
+        mask = self.mask.repeat(heads // groups, 1)
+        mixed = F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=mask)
+        return mixed.view(heads, rows, head_dim).transpose(0, 1)
+
+    def attend_rows(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The exact form, for q (T, Hkv, heads that share them, hd) as spread_heads makes it; returns the same shape."""
+        self.cache.write(layer, self.start, k, v)
+        groups, out = k.shape[1], []
         for first, last, view, mask in self.slices:
             count = last - first
             part = q[first:last] if count * groups > 1 else q[first:last].expand(2, -1, -1, -1)
             keys, values = (x.expand(part.shape[0], -1, -1, -1) for x in self.cache.read(layer, view))
             out.append(F.scaled_dot_product_attention(part, keys, values, attn_mask=mask)[:count])
-        mixed = out[0] if len(out) == 1 else torch.cat(out)
-        return mixed[:, :, : heads // groups].reshape(rows, heads, head_dim)
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def spread_heads(q: Tensor, groups: int) -> Tensor:
+    """q (T, H, hd) by key/value head, (T, Hkv, H / Hkv, hd), with the heads that share one padded to a multiple of 8."""
+    q = q.unflatten(1, (groups, -1))
+    return F.pad(q, (0, 0, 0, -q.shape[2] % 8)).contiguous()
+
+
+def gather_heads(mixed: Tensor, heads: int) -> Tensor:
+    """(T, H, hd) from what spread_heads made."""
+    return mixed[:, :, : heads // mixed.shape[1]].flatten(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -49,12 +49,13 @@ def test_rows_that_a_compiler_does_not_keep_apart_are_found_out(monkeypatch):
     monkeypatch.setattr(compiled.Pieces, "piece", lambda self, layers, first: lambda h, cos, sin: h + h.sum() * 1e-3)
     with pytest.raises(ValueError, match="leave out --compile"):
         compile_passes(tiny_model(tiny_config()), [2])
-    compile_passes(tiny_model(tiny_config()).pack(exact=False), [2])
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="exit layers lie from 1 to 2"):
         compile_passes(tiny_model(tiny_config(n_layers=3)), [3])
+    with pytest.raises(ValueError, match="leave out --no-exact"):
+        compile_passes(tiny_model(tiny_config()).pack(exact=False), [1])
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
