@@ -198,7 +198,7 @@ def pass_seconds(model: Llama) -> tuple[Callable[[float], float], Callable[[floa
             slope = max(many - one, 0.0) / 7
             return lambda rows: one + slope * (rows - 1)
 
-        half = max(1, layers // 2)
+        half = max(1, round(layers / 2))  # one of the exits that AutoExit.choices has: a compiled model knows no other
         head = [seconds(rows, 0) for rows in (1, 8)]
         layer = [max(seconds(rows, half) - h, 1e-9) / half for rows, h in zip((1, 8), head)]
         _measured[model] = line(*layer), line(*head)
