@@ -153,12 +153,15 @@ class AutoExit(EarlyExit):
         layers, found, least = self.model.config.n_layers, (self.exit_layer, 0), math.inf
         for e in self.exits:
             sure, right = run_lengths(self.sure[e]), run_lengths(self.right[e])
-            for d in (0, 1, 2, 3, 4, 6, 8, 11, MAX_ROWS - 1):
+            # seconds of a round by the number of its guesses: its rows below the exit, and its verification
+            rounds = [k * (e * layer(1) + head(1)) + e * layer(1) + (layers - e) * layer(k + 1) + head(k + 1) for k in range(MAX_ROWS)]
+            if len(right) * rounds[0] < least:
+                found, least = (e, 0), len(right) * rounds[0]
+            for d in (1, 2, 4, 8, MAX_ROWS - 1):
                 seconds, place = 0.0, 0
                 while place < len(right):  # a round: it drafts while it is sure, and ends behind the first wrong guess
                     drafted = min(d, sure[place])
-                    seconds += (drafted + 1) * e * layer(1) + min(drafted + 1, d) * head(1)  # a doubtful guess is paid for too
-                    seconds += (layers - e) * layer(drafted + 1) + head(drafted + 1)
+                    seconds += rounds[drafted] + (head(1) if drafted < d else 0.0)  # a doubtful guess is paid for too
                     place += min(d, right[place]) + 1
                 seconds *= len(right) / place  # the last round may go on behind the tokens tried
                 if seconds < least:
