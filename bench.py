@@ -471,7 +471,7 @@ def numbers(kind: Callable = int) -> Callable[[str], list]:
 OPTIONS: dict[str, dict[str, Any]] = {
     "ckpt": dict(type=Path, default=DEFAULT_CKPT, metavar="DIR", help="checkpoint (default: the shipped one)"),
     "shape": dict(type=lambda text: text.split(","), metavar="NAME,...", help=f"random weights of these shapes instead of a checkpoint: {', '.join(SHAPES)}"),
-    "prompts": dict(type=int, default=20, metavar="N", help="held-out prompts (default %(default)s)"),
+    "prompts": dict(type=int, default=20, metavar="N", help="held-out prompts (default %(default)s); sweep takes a quarter of the number, from those that the others leave out"),
     "prompts-file": dict(type=Path, metavar="FILE", help='prompts from FILE instead, all of them: text with blank lines between, or .jsonl with "prompt"'),
     "tokens": dict(type=int, default=256, metavar="N", help="new tokens per prompt (default %(default)s)"),
     "runs": dict(type=int, default=5, metavar="N", help="alternating runs, or repetitions (default %(default)s)"),
@@ -523,6 +523,8 @@ def main() -> None:
     try:
         if unknown := set(args.shape or ()) - set(SHAPES):
             raise ValueError(f"--shape takes {', '.join(SHAPES)}, not {min(unknown)!r:.40}")
+        if min(args.prompts, args.tokens, args.runs) < 1:
+            raise ValueError("--prompts, --tokens and --runs must be at least 1")
         tokenizer = Tokenizer(args.ckpt)
         if args.prompts_file:
             prompts = file_prompts(args.prompts_file, tokenizer)

@@ -426,7 +426,9 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def exit_choice(text: str) -> int | str:
-    """The value of --exit."""
+    """The value of --exit. argparse's own error where it is none."""
+    if text != "auto" and not text.lstrip("-").isdigit():
+        raise argparse.ArgumentTypeError(f"a number of layers, or auto, not {text!r:.40}")
     return text if text == "auto" else int(text)
 
 
@@ -717,7 +719,7 @@ def main() -> None:
     except BrokenPipeError:  # the reader of stdout has gone; nothing is left to say to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"decode.py: {str(error).splitlines()[0]}", file=sys.stderr)
         raise SystemExit(2) from None
 

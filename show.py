@@ -56,6 +56,8 @@ def whole_file(path: Path | None) -> Iterator[BinaryIO | None]:
         yield None
         return
     path = path.resolve()  # a link stays a link
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no directory {path.parent}")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is there and is not a file")
     aside = path.with_name(path.name + ".new")

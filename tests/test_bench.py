@@ -1,6 +1,7 @@
 """The logic of bench.py: what it writes, reads and computes. No time is looked at."""
 
 import random
+import sys
 
 import pytest
 import torch
@@ -170,3 +171,10 @@ def test_the_clock_gives_each_phase_its_own_time(monkeypatch):
     assert clock.seconds == {("draft", "out"): 1, ("draft", "in"): 4, (None, "in"): 2}
     assert clock.calls == {("draft", "out"): 1, ("draft", "in"): 2, (None, "in"): 1}
     assert Parts.outer is before
+
+
+def test_nothing_to_measure_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "sweep", "--prompts", "0"])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    assert stop.value.code == 2 and capsys.readouterr().err == "bench.py: --prompts, --tokens and --runs must be at least 1\n"

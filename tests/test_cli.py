@@ -202,6 +202,7 @@ BAD = {
     "absent device": ["--device", "cuda:77"],
     "device without memory": ["--device", "meta"],
     "interactive and compare": ["--interactive", "--compare"],
+    "a figure in no directory": ["--lens", "--lens-png", "/nonexistent/lens.png"],
     "prompt given twice": ["-", "--prompt", "x"],
     "interactive with a prompt": ["--interactive", "--prompt", "x"],
 }
