@@ -427,7 +427,7 @@ class CachedAttention:
         return mixed.view(heads, rows, head_dim).transpose(0, 1)
 
     def attend_rows(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The exact form, for q (T, Hkv, heads that share them, hd) as spread_heads makes it; returns the same shape."""
+        """The exact form: q (T, Hkv, G, hd) as spread_heads makes it, k and v (T, Hkv, hd) -> (T, Hkv, G, hd)."""
         self.cache.write(layer, self.start, k, v)
         groups, out = k.shape[1], []
         for first, last, view, mask in self.slices:
@@ -439,13 +439,13 @@ class CachedAttention:
 
 
 def spread_heads(q: Tensor, groups: int) -> Tensor:
-    """q (T, H, hd) by key/value head, (T, Hkv, H / Hkv, hd), with the heads that share one padded to a multiple of 8."""
+    """q (T, H, hd) by key/value head, (T, Hkv, G, hd): G heads share one, H / Hkv padded to a multiple of 8."""
     q = q.unflatten(1, (groups, -1))
     return F.pad(q, (0, 0, 0, -q.shape[2] % 8)).contiguous()
 
 
 def gather_heads(mixed: Tensor, heads: int) -> Tensor:
-    """(T, H, hd) from what spread_heads made."""
+    """(T, H, hd) from (T, Hkv, G, hd), undoing spread_heads."""
     return mixed[:, :, : heads // mixed.shape[1]].flatten(1, 2)
 
 
