@@ -42,7 +42,7 @@ MUTANTS = [
     ("queries rotated, keys not", "model.py", "q, k = rotate(qk, cos, sin).split((n_heads, n_kv_heads), -2)", "q, k = rotate(qk, cos, sin).split((n_heads, n_kv_heads), -2); k = qk.split((n_heads, n_kv_heads), -2)[1]", ORACLE),
     ("an adapter remembers rejected tokens", "kangaroo.py", "        self.own.rewind(self.cache.length)\n", "        self.own.rewind(self.own.length)\n", KANGAROO),
     ("a draft model remembers rejected tokens", "drafters.py", "self.own.rewind(same)", "self.own.rewind(self.own.length)", TWO),
-    ("an exit is judged by the next position", "drafters.py", "len(tokens) + row) == token\n", "len(tokens) + row + 1) == token\n", JUDGE),
+    ("an exit is judged by the next position", "drafters.py", "len(tokens) + row) == token)\n", "len(tokens) + row + 1) == token)\n", JUDGE),
     ("compiled attention of another layer", "compiled.py", "k, v, index), q.shape[1])", "k, v, first), q.shape[1])", COMPILED),
     ("an exit is seen a piece late", "compiled.py", "if seen and end in seen:", "if seen and start in seen:", AUTO_COMPILED),
     ("what a drafter left is trusted when it left nothing", "drafters.py", "tokens[-1], limit, pick), 0\n\n    def run", "tokens[-1], limit, pick), 1\n\n    def run", EXACT),
