@@ -40,7 +40,7 @@ _library.impl("attend_rows", lambda q, k, v, layer: q.new_empty(q.shape), "Meta"
 OPTIONS = {
     "cpp.threads": 1,
     "emulate_precision_casts": True,  # round to bfloat16 where PyTorch does: else a row alone, fused otherwise than several, has other bits
-    "guard_filter_fn": lambda guards: [False] * len(guards),  # nothing changes in a packed model: 0.3 ms less for each call
+    "guard_filter_fn": lambda guards: [False] * len(guards),  # nothing changes in a packed model
 }
 
 

@@ -315,12 +315,12 @@ class RowLinear:
         elif on_cpu and self.dtype == torch.float32 and exact:
             ways = [packed_product] if weight.nbytes > self.SMALL else [batched_product, packed_product]
         for way in ways:  # the first whose rows need no padding, or the last
-            self.min_rows = self.safe_rows(way, weight) if exact else 1
+            self.min_rows = self.probed_rows(way, weight) if exact else 1
             if self.min_rows == 1:
                 break
         self.product = way(weight)
 
-    def safe_rows(self, way: Callable[[Tensor], Product], weight: Tensor) -> int:
+    def probed_rows(self, way: Callable[[Tensor], Product], weight: Tensor) -> int:
         """safe_rows of a kind of product for a weight (out, in) of this shape, probed once in a process."""
         key = (way, self.shape, self.dtype, str(self.device), torch.get_num_threads())
         if key not in self.probed:

@@ -112,7 +112,7 @@ def test_exit_auto_plays_the_last_tokens_again(monkeypatch):
     auto.sure[1].extend([True] * 45)
     auto.right[1].extend(([True] * 10 + [False] * 5) * 3)
     monkeypatch.setattr("drafters.pass_seconds", lambda model: (lambda rows: 1.0, lambda rows: 0.0))
-    # d = 11: per 15 tokens a round of 12 + 3 s that gains 11, then 4 of them that gain one each: 75 s; d = 4: 5 + 3 s, gains of 5, 5, 1 x 5: 56 s
+    # per 15 tokens and in layers run, d = 4: 5 + 3 s, gains of 5, 5, 1 x 5: 56 s
     # d = 1: 2 + 3 s for gains of 2 x 5 and 1 x 5: 50 s; d = 2: 3 + 3 s, gains of 3, 3, 3, 2, 1 x 4: 48 s; plain: 4 s a token: 60 s
     assert auto.best() == (1, 2)
     monkeypatch.setattr("drafters.pass_seconds", lambda model: (lambda rows: rows, lambda rows: 0.0))
