@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from decode import Sampling, generate, new_cache
 from drafters import AutoExit, EarlyExit, Jacobi, PromptLookup, SkipLayers, TwoModels
 from kangaroo import Adapter, Kangaroo
-from model import MAX_ROWS, Llama, RowLinear, row_silu, safe_rows
+from model import MAX_ROWS, Llama, RMSNorm, RowLinear, row_silu, safe_rows
 
 pytestmark = pytest.mark.threads
 
@@ -228,6 +228,34 @@ def test_the_probe_sees_an_order_of_summation_that_bfloat16_almost_hides():
     product = make_product(ordinary)
     assert (product(x)[:1] != product(x[:1])).float().mean() < 0.05
     assert safe_rows(make_product, ordinary) == 2
+
+
+def test_the_probe_sees_an_order_of_summation_in_all_bits_of_float64():
+    """Products of numbers that float32 holds are exact in float64, and so are short sums of them: such a probe would see no order."""
+
+    def make_product(weight):
+        def product(x):
+            terms = x[:, None] * weight
+            return (terms if x.shape[0] > 1 else terms.flip(-1)).cumsum(-1)[..., -1]
+
+        return product
+
+    assert safe_rows(make_product, torch.zeros(64, 12, dtype=torch.float64)) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dim", [4, 37, 192, 5000])
+def test_a_packed_norm_is_the_norm_and_gives_a_row_the_same_bits_in_any_company(dim, dtype):
+    norm, x = RMSNorm(dim, 1e-5).to(dtype), torch.randn(MAX_ROWS, dim, dtype=torch.float64).to(dtype)
+    norm.weight.data.normal_()
+    with torch.inference_mode():
+        expected = norm(x)
+        norm.pack()
+        alone = torch.cat([norm(row.clone()) for row in x.split(1)])
+        torch.testing.assert_close(alone, expected)
+        for rows in range(1, MAX_ROWS + 1):
+            for first in range(0, MAX_ROWS - rows + 1, 3):
+                assert torch.equal(norm(x[first : first + rows]), alone[first : first + rows])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
