@@ -230,17 +230,17 @@ def test_the_probe_sees_an_order_of_summation_that_bfloat16_almost_hides():
     assert safe_rows(make_product, ordinary) == 2
 
 
-def test_the_probe_sees_an_order_of_summation_in_all_bits_of_float64():
-    """Products of numbers that float32 holds are exact in float64, and so are short sums of them: such a probe would see no order."""
+def test_the_probe_uses_all_bits_of_float64():
+    """Products of numbers that float32 holds are exact in float64: with those, a fused multiply-add and a rounded product look alike."""
 
     def make_product(weight):
         def product(x):
-            terms = x[:, None] * weight
-            return (terms if x.shape[0] > 1 else terms.flip(-1)).cumsum(-1)[..., -1]
+            high = x.float().double() if x.shape[0] > 1 else x
+            return (high[:, None] * weight + (x - high)[:, None] * weight).cumsum(-1)[..., -1]
 
         return product
 
-    assert safe_rows(make_product, torch.zeros(64, 12, dtype=torch.float64)) == 2
+    assert safe_rows(make_product, torch.zeros(64, 12, dtype=torch.float64)) != 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
