@@ -1,21 +1,25 @@
-"""torch.compile for decoding (`decode.py --compile`): fewer and larger operations, the same bits drafted or not.
+"""Compiled decoding (`decode.py --compile`): fewer and larger operations, the same bits drafted or not.
 
     compile_passes(model, (6,))     layers [0, 6) and [6, L) become a graph each
 
 A pass is a run of those pieces: a draft is the first, a verification the second, plain decoding both, one after the other. So
 whoever drafts, a token goes through the same compiled code, and nothing is fused across the layer where a draft ends. In a
 graph, what is row-wise by nature (norms, rotation, SiLU, sums) is compiled, on one thread, so that no sum over a row is split;
-what holds rows apart in model.py, RowLinear and CachedAttention, is called from the graph as it is.
+what holds rows apart in model.py, RowLinear for several rows and CachedAttention, is called from the graph as it is.
+
+The graphs are made by torch.export and compiled by TorchInductor: torch.compile's own machinery takes half a millisecond to
+find the graph for each call, a sixth of a small model's draft step.
 """
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cache import KVQCache
 from model import MAX_ROWS, CachedAttention, Layer, Llama, RowLinear, gather_heads, spread_heads
@@ -40,47 +44,57 @@ _library.impl("attend_rows", lambda q, k, v, layer: q.new_empty(q.shape), "Meta"
 OPTIONS = {
     "cpp.threads": 1,
     "emulate_precision_casts": True,  # round to bfloat16 where PyTorch does: else a row alone, fused otherwise than several, has other bits
-    "guard_filter_fn": lambda guards: [False] * len(guards),  # nothing changes in a packed model
+    "pattern_matcher": False,  # nor may a sum be fused with the product before it
+    "fx_graph_cache": False,  # it cannot store these graphs, and says so at length
 }
+
+
+class Piece(nn.Module):
+    """Some layers, the first of them number `first`, from h (T, dim), cos and sin to h; attention is that of the running pass."""
+
+    def __init__(self, layers: Iterable[Layer], first: int):
+        super().__init__()
+        self.layers, self.first = list(layers), first  # a list: their weights are packed, not this module's
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        for index, layer in enumerate(self.layers, self.first):
+
+            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return gather_heads(torch.ops.layerskip.attend_rows(spread_heads(q, k.shape[1]), k, v, index), q.shape[1])
+
+            h = layer(h, cos, sin, attend)
+        return h
+
+    def graph(self, h: Tensor, cos: Tensor, sin: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Compiled for one row, if h (T, dim) is one, or for any other number up to MAX_ROWS."""
+        rows = None if h.shape[0] == 1 else {0: torch.export.Dim("rows", min=2, max=MAX_ROWS)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(self, (h, cos, sin), dynamic_shapes=(rows, rows, rows) if rows else None, strict=False)
+            examples = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"][-3:]  # before them come weights
+            return torch._inductor.compile(program.module(), examples, options=OPTIONS)
 
 
 class Pieces:
     """Layers as compiled graphs between `cuts`, 0 and L among them; Llama.run_layers calls it for decoding passes."""
 
-    def __init__(self, layers: Iterable[Layer], cuts: list[int]):
-        layers, self.cuts = list(layers), cuts
-        # without guards each graph is for one kind of pass: a single row, or several
-        self.graphs = {(first, single): self.piece(layers[first:last], first) for first, last in pairwise(cuts) for single in (True, False)}
-
-    def piece(self, layers: list[Layer], first: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Those layers, the first of them number `first`, as one graph from h (T, dim), cos and sin to h."""
-
-        def run(h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            for index, layer in enumerate(layers, first):
-
-                def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                    return gather_heads(torch.ops.layerskip.attend_rows(spread_heads(q, k.shape[1]), k, v, index), q.shape[1])
-
-                h = layer(h, cos, sin, attend)
-            return h
-
-        return torch.compile(run, fullgraph=True, isolate_recompiles=True, options=OPTIONS)  # type: ignore[call-overload]  # missing in its overloads
+    def __init__(self, model: Llama, cuts: list[int]):
+        self.cuts = cuts
+        self.graphs = {}
+        for rows in (1, 2):  # a single row, or several
+            inputs = (torch.zeros(rows, model.config.dim, dtype=model.dtype, device=model.device), *(x.clone() for x in model.rotary(0, rows)))
+            for first, last in pairwise(cuts):
+                self.graphs[first, rows == 1] = Piece(model.model.layers[first:last], first).graph(*inputs)
 
     def __call__(self, h: Tensor, cos: Tensor, sin: Tensor, first: int, last: int, attention: CachedAttention, seen: dict | None = None) -> Tensor:
         """Llama.run_layers on rows h (T, dim). ValueError where the pass begins or ends inside a piece."""
         within = [cut for cut in self.cuts if first <= cut <= last]
         if first < last and (within[:1] != [first] or within[-1:] != [last] or not set(seen or ()) <= {*self.cuts}):
             raise ValueError(f"the model was compiled to exit behind layers {self.cuts[1:-1]}, and a pass of layers {first} to {last} was asked for")
-        if not h.is_inference():  # exit queries, from a buffer made outside: to a graph another kind of tensor
-            h = h.clone()
         _attention.append(attention)
         try:
             for start, end in pairwise(within):
-                single = h.shape[0] == 1
-                if not single:
-                    for rows in (h, cos, sin):
-                        torch._dynamo.mark_dynamic(rows, 0)
-                h = self.graphs[start, single](h, cos, sin)
+                h = self.graphs[start, h.shape[0] == 1](h, cos, sin)
                 if seen and end in seen:
                     seen[end] = h
         finally:
@@ -106,7 +120,7 @@ def compile_passes(model: Llama, exits: Iterable[int] = ()) -> Llama:
         for product in (layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down):
             product.number = max(_products, default=-1) + 1
             _products[product.number] = product
-    model.compiled = Pieces(model.model.layers, sorted({0, *exits, c.n_layers}))
+    model.compiled = Pieces(model, sorted({0, *exits, c.n_layers}))
     x = torch.randn(MAX_ROWS, c.dim, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
     cache = KVQCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, MAX_ROWS, 1, model.dtype, model.device)
     whole = model.run_layers(x, 0, c.n_layers, cache)

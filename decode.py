@@ -398,7 +398,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="ordinary attention and row counts: can be faster, but speculative text may leave the full model's where two tokens nearly tie",
     )
-    engine.add_argument("--compile", action="store_true", help="torch.compile the layers first (half a minute to some minutes; needs a C++ compiler): faster from then on, and as exact")
+    engine.add_argument("--compile", action="store_true", help="compile the layers first (a minute or more; needs a C++ compiler): faster from then on, and as exact")
     inside = p.add_argument_group("looking inside")
     inside.add_argument("--lens", action="store_true", help="what every exit would say at every position of the prompt and of a short continuation, and how many layers each token needs")
     inside.add_argument("--lens-png", type=Path, metavar="FILE", help="the lens as a figure too")

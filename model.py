@@ -331,6 +331,7 @@ class RowLinear:
             if self.min_rows == 1:
                 break
         self.product = way(weight)
+        self.open = self.min_rows == 1 and way is not packed_product  # a row alone is an ordinary product
 
     def probed_rows(self, way: Callable[[Tensor], Product], weight: Tensor) -> int:
         """safe_rows of a kind of product for a weight (out, in) of this shape, probed once in a process."""
@@ -340,7 +341,7 @@ class RowLinear:
         return self.probed[key]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # a compiler cannot look into packed weights, nor keep rows apart
+        if torch.compiler.is_compiling() and not (self.open and x.shape[0] == 1):  # a compiler cannot look into packed weights, nor keep rows apart
             return torch.ops.layerskip.row_linear(x, self.number, self.shape[0])
         short = self.min_rows - x.shape[0]
         if x.dim() > 2 or x.shape[0] > MAX_ROWS:

@@ -46,7 +46,7 @@ def test_exit_auto_finds_its_exits_compiled():
 
 
 def test_rows_that_a_compiler_does_not_keep_apart_are_found_out(monkeypatch):
-    monkeypatch.setattr(compiled.Pieces, "piece", lambda self, layers, first: lambda h, cos, sin: h + h.sum() * 1e-3)
+    monkeypatch.setattr(compiled.Piece, "graph", lambda self, h, cos, sin: lambda h, cos, sin: h + h.sum() * 1e-3)
     with pytest.raises(ValueError, match="leave out --compile"):
         compile_passes(tiny_model(tiny_config()), [2])
 
