@@ -44,7 +44,8 @@ class KVQCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.queries = torch.zeros(draft_len + 1, dim, dtype=dtype, device=device)
-        self.layers = list(zip(self.keys.unbind(), self.values.unbind()))
+        self.by_position = [(k.transpose(0, 1), v.transpose(0, 1)) for k, v in zip(self.keys, self.values)]
+        self.shared: dict[int, tuple] = {}  # see share
         self.max_len = max_len
         self.length = 0
 
@@ -59,14 +60,23 @@ class KVQCache:
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Stores k and v (T, n_kv_heads, head_dim) of one layer at positions start..start+T-1, which must fit."""
-        keys, values = self.layers[layer]
-        keys[:, start : start + k.shape[0]] = k.transpose(0, 1)
-        values[:, start : start + v.shape[0]] = v.transpose(0, 1)
+        keys, values = self.by_position[layer]
+        keys[start : start + k.shape[0]] = k
+        values[start : start + v.shape[0]] = v
 
     def read(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values (n_kv_heads, end, head_dim) of one layer at positions [0, end): views, not copies."""
-        keys, values = self.layers[layer]
-        return keys[:, :end], values[:, :end]
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def share(self, end: int, rows: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Keys and values (rows, n_kv_heads, end, head_dim) of each layer at positions [0, end), the same for every row: views.
+
+        Those of one `end` are kept for each number of rows: making them for every pass was a tenth of a small model's draft step.
+        """
+        if rows not in self.shared or self.shared[rows][0] != end:
+            keys, values = (x[:, None, :, :end].expand(-1, rows, -1, -1, -1).unbind() for x in (self.keys, self.values))
+            self.shared[rows] = end, keys, values
+        return self.shared[rows][1:]
 
     def put_query(self, row: int, query: Tensor) -> None:
         """Stores the exit query (dim,) of draft row `row`."""

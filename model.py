@@ -292,7 +292,7 @@ def batched_product(weight: Tensor) -> Product:
     def product(x: Tensor) -> Tensor:
         if x.dim() > 2 or not 1 < x.shape[0] <= MAX_ROWS:
             return x @ columns
-        return torch.bmm(x[:, None], columns.expand(x.shape[0], -1, -1))[:, 0]
+        return torch.bmm(x.unsqueeze(1), columns.expand(x.shape[0], -1, -1)).squeeze(1)
 
     return product
 
@@ -418,15 +418,13 @@ class CachedAttention:
         masks = [line[middle - p : middle - p + view] for p in range(start, start + rows)]
         self.mask = masks[0][None] if rows == 1 else torch.stack(masks)
         if self.row_by_row:
-            self.places = [x[:, :, start : start + rows].transpose(1, 2).unbind() for x in (cache.keys, cache.values)]
             self.slices = []  # rows that share a view length run together
             first = 0
             while first < rows:
                 view = cache.view_len(start + first + 1)
                 last = min(rows, view - start)
                 count = max(last - first, 2 if cache.keys.shape[1] == 1 else 1)
-                keys, values = (x[:, None, :, :view].expand(-1, count, -1, -1, -1).unbind() for x in (cache.keys, cache.values))
-                self.slices.append((first, last, keys, values, self.mask[first:last, None, None, :view]))
+                self.slices.append((first, last, *cache.share(view, count), self.mask[first:last, None, None, :view]))
                 first = last
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -444,8 +442,7 @@ class CachedAttention:
 
     def attend_rows(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The exact form: q (T, Hkv, G, hd) as spread_heads makes it, k and v (T, Hkv, hd) -> (T, Hkv, G, hd)."""
-        for place, x in zip(self.places, (k, v)):
-            place[layer].copy_(x)
+        self.cache.write(layer, self.start, k, v)
         out = []
         for first, last, keys, values, mask in self.slices:
             part = q[first:last].expand(keys[layer].shape[0], -1, -1, -1)
