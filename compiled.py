@@ -5,7 +5,7 @@
 A pass is a run of those pieces: a draft is the first, a verification the second, plain decoding both, one after the other. So
 whoever drafts, a token goes through the same compiled code, and nothing is fused across the layer where a draft ends. In a
 graph, what is row-wise by nature (norms, rotation, SiLU, sums) is compiled, on one thread, so that no sum over a row is split;
-what holds rows apart in model.py, RowLinear for several rows and CachedAttention, is called from the graph as it is.
+what holds rows apart in model.py, products and CachedAttention, is called from the graph as it is.
 
 The graphs are made by torch.export and compiled by TorchInductor: torch.compile's own machinery takes half a millisecond to
 find the graph for each call, a sixth of a small model's draft step.
@@ -34,6 +34,9 @@ _library = torch.library.Library("layerskip", "DEF")
 _library.define("row_linear(Tensor x, int number, int out_features) -> Tensor")
 _library.impl("row_linear", lambda x, number, out_features: _products[number](x), "CompositeExplicitAutograd")
 _library.impl("row_linear", lambda x, number, out_features: x.new_empty(x.shape[0], out_features), "Meta")
+_library.define("row_bmm(Tensor x, Tensor weight) -> Tensor")
+_library.impl("row_bmm", torch.ops.aten.bmm.default, "CPU")
+_library.impl("row_bmm", torch.ops.aten.bmm.default, "Meta")
 _library.define("attend_rows(Tensor q, Tensor k, Tensor v, int layer) -> Tensor")
 _library.impl("attend_rows", lambda q, k, v, layer: _attention[-1].attend_rows(layer, q, k, v).contiguous(), "CompositeExplicitAutograd")
 _library.impl("attend_rows", lambda q, k, v, layer: q.new_empty(q.shape), "Meta")

@@ -292,7 +292,8 @@ def batched_product(weight: Tensor) -> Product:
     def product(x: Tensor) -> Tensor:
         if x.dim() > 2 or not 1 < x.shape[0] <= MAX_ROWS:
             return x @ columns
-        return torch.bmm(x.unsqueeze(1), columns.expand(x.shape[0], -1, -1)).squeeze(1)
+        bmm = torch.ops.layerskip.row_bmm if torch.compiler.is_compiling() else torch.bmm  # a compiler would write a slower one of its own
+        return bmm(x.unsqueeze(1), columns.expand(x.shape[0], -1, -1)).squeeze(1)
 
     return product
 
@@ -331,7 +332,7 @@ class RowLinear:
             if self.min_rows == 1:
                 break
         self.product = way(weight)
-        self.open = self.min_rows == 1 and way is not packed_product  # a row alone is an ordinary product
+        self.open = self.min_rows == 1 and way is not packed_product  # a compiler can see what it does
 
     def probed_rows(self, way: Callable[[Tensor], Product], weight: Tensor) -> int:
         """safe_rows of a kind of product for a weight (out, in) of this shape, probed once in a process."""
@@ -341,7 +342,7 @@ class RowLinear:
         return self.probed[key]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and not (self.open and x.shape[0] == 1):  # a compiler cannot look into packed weights, nor keep rows apart
+        if torch.compiler.is_compiling() and not self.open:
             return torch.ops.layerskip.row_linear(x, self.number, self.shape[0])
         short = self.min_rows - x.shape[0]
         if x.dim() > 2 or x.shape[0] > MAX_ROWS:
