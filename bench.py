@@ -42,7 +42,7 @@ import torch
 from bench_engine import SHAPES, alternate, bar, decode_all, described, drafting, dtype_of, exactness, ideal, memory, profile, progress, roofline, scale, table
 from compiled import compile_passes
 from data import held_out_prompts, read_files, stdlib_files
-from decode import DEFAULT_CKPT, DTYPES, Run, drafting_defaults, generation_defaults, gumbel
+from decode import DEFAULT_CKPT, DTYPES, Run, drafting_defaults, generation_defaults, gumbel, usable_device
 from drafters import AutoExit, Drafter, EarlyExit, Jacobi, PromptLookup, SkipLayers, TwoModels, search_skips
 from kangaroo import Kangaroo, load_adapter
 from model import MAX_ROWS, CheckpointError, auto_dtype, load_checkpoint
@@ -143,7 +143,7 @@ def fastest_plain(args: argparse.Namespace, prompts: list[list[int]]) -> tuple[s
     """
     dtype = {v: k for k, v in DTYPES.items()}[dtype_of(args)]
     ways = [(d, exact) for d in ("bfloat16", "float32") for exact in (True, False)]
-    models = {(d, exact): load_checkpoint(args.ckpt, DTYPES[d]).pack(exact) for d, exact in ways}
+    models = {(d, exact): load_checkpoint(args.ckpt, DTYPES[d], args.device).pack(exact) for d, exact in ways}
     plain = {f"plain, {d}{'' if exact else ', --no-exact'}": model for (d, exact), model in models.items()}
     tried = {name: decode_all(model, prompts[::4], args.tokens, name).tokens_per_second for name, model in plain.items()}
     print("tokens/s on a quarter of the prompts: " + "; ".join(f"{name} {speed:.0f}" for name, speed in tried.items()), flush=True)
@@ -161,7 +161,7 @@ def speedup(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[i
     pairs = {"": models[dtype, True]}  # eager and compiled, each plain and speculative
     if args.compile:
         progress("compiling")
-        pairs[", compiled"] = compile_passes(load_checkpoint(args.ckpt, DTYPES[dtype]), [settings["exit_layer"]])
+        pairs[", compiled"] = compile_passes(load_checkpoint(args.ckpt, DTYPES[dtype], args.device), [settings["exit_layer"]])
     for how, model in pairs.items():
         contenders[f"plain, {dtype}{how}"], contenders[f"speculative, {dtype}{how}"] = (model, {}), (model, settings)
         decode_all(model, prompts[:1], 32, **settings)
@@ -481,7 +481,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "min-confidence": dict(type=float, metavar="C", help="default: 0.3 (sweep), the checkpoint's own (others)"),
     "alphas": dict(type=numbers(float), default=[0.6, 0.8, 0.95], metavar="A,...", help="acceptances to set (default 0.6,0.8,0.95)"),
     "dtype": dict(choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 where the hardware multiplies it; speedup: of the drafted runs; exactness: bfloat16 and float32"),
-    "compile": dict(action="store_true", default=False, help="with torch.compile too (speedup, peers)"),
+    "compile": dict(action="store_true", default=False, help="compiled passes too"),
+    "device": dict(default="cpu", help="cpu, cuda, cuda:1, ... (default %(default)s)"),
     "adapter": dict(type=Path, metavar="DIR", help="a Kangaroo adapter for the checkpoint"),
     "draft-ckpt": dict(type=Path, metavar="DIR", help="a smaller checkpoint of the same vocabulary"),
     "tries": dict(type=int, default=200, metavar="N", help="tries of the search for sublayers to skip (default %(default)s)"),
@@ -491,7 +492,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 COMMANDS: dict[str, tuple[Callable, str, dict[str, Any]]] = {  # the function, its options beside --ckpt and --json, defaults that are its own
     "sweep": (sweep, "prompts prompts-file tokens exits drafts min-confidence dtype csv png", {}),
-    "speedup": (speedup, "prompts prompts-file tokens runs exits drafts min-confidence dtype compile", {}),
+    "speedup": (speedup, "prompts prompts-file tokens runs exits drafts min-confidence dtype compile device", {}),
     "drafters": (drafters, "prompts prompts-file tokens runs exits drafts min-confidence dtype adapter draft-ckpt tries", {}),
     "auto": (auto, "prompts tokens runs exits drafts min-confidence dtype", {}),
     "coupling": (coupling, "prompts exits", {}),
@@ -525,6 +526,7 @@ def main() -> None:
             raise ValueError(f"--shape takes {', '.join(SHAPES)}, not {min(unknown)!r:.40}")
         if min(args.prompts, args.tokens, args.runs) < 1:
             raise ValueError("--prompts, --tokens and --runs must be at least 1")
+        args.device = usable_device(args.device)
         tokenizer = Tokenizer(args.ckpt)
         if args.prompts_file:
             prompts = file_prompts(args.prompts_file, tokenizer)

@@ -75,6 +75,7 @@ def main() -> None:
             loss, agreement = (sum(float(f[i]) for f in found) / 8 for i in range(2))
             print(json.dumps({"step": step, "seconds": round(time.time() - started), "held_out_loss": round(loss, 4), "agreement": round(agreement, 4)}), flush=True)
             save_checkpoint(student, out)
+            (out / "training.json").write_text(json.dumps({"teacher": str(args.ckpt), "steps": step, "tokens": step * args.batch * args.seq, "agreement": agreement}, indent=2) + "\n")
         if step == args.steps:
             break
         for group in optimizer.param_groups:
