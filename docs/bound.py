@@ -49,6 +49,7 @@ def main() -> None:
     p.add_argument("--ckpt", default=ROOT / "checkpoints" / "pystdlib", metavar="DIR", help="the full model (default: the shipped one)")
     p.add_argument("--exit", type=int, default=6, help="layers of the copy (default %(default)s)")
     p.add_argument("--out", default="runs/draft6", metavar="DIR", help="where the copy goes (default %(default)s)")
+    p.add_argument("--data", nargs="+", default=["stdlib"], metavar="SRC", help="text, as in train.py")
     p.add_argument("--steps", type=int, default=1500)
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--seq", type=int, default=256)
@@ -64,7 +65,7 @@ def main() -> None:
     tokenizer, out = Tokenizer(args.ckpt), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(Path(args.ckpt) / "tokenizer.model", out)
-    tokens, held_out = write_tokens(read_corpus(["stdlib"]), tokenizer, out)
+    tokens, held_out = write_tokens(read_corpus(args.data), tokenizer, out)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     started = time.time()
     head = student.lm_head.weight

@@ -1,9 +1,14 @@
 """What drafters guess. That their guesses cannot change the text is test_exactness.py's law; here: that they guess well."""
 
+import json
+import runpy
+import shutil
+import sys
 from functools import partial
 
 import pytest
 import torch
+from conftest import ROOT
 from helpers import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
@@ -11,7 +16,7 @@ import kangaroo
 from decode import Sampling, generate, new_cache, sublayers
 from drafters import AutoExit, Drafter, Jacobi, PromptLookup, SkipLayers, TwoModels, run_lengths, search_skips
 from kangaroo import Adapter, Kangaroo
-from model import CheckpointError, Llama
+from model import CheckpointError, Layer, Llama, load_checkpoint, save_checkpoint
 
 
 def decode(model, prompt, drafter, temperature=0.0, count=60, draft_len=5, **how):
@@ -22,6 +27,24 @@ def twin(model: Llama) -> Llama:
     other = Llama(model.config).to(model.dtype).eval()
     other.load_state_dict(model.state_dict())
     return other
+
+
+def test_a_copy_of_early_layers_learns_to_foresee_the_model(tmp_path, monkeypatch, capsys):
+    """docs/bound.py: a draft model from a model's own first layers, trained on its distribution."""
+    save_checkpoint(tiny_model(tiny_config(vocab_size=2048)), tmp_path / "full")
+    shutil.copy(ROOT / "checkpoints" / "pystdlib" / "tokenizer.model", tmp_path / "full")
+    (tmp_path / "text").mkdir()
+    for number in range(30):
+        (tmp_path / "text" / f"{number}.py").write_text("def f(x):\n    return x + 1\n\n\n" * 20)
+    out = tmp_path / "draft"
+    options = f"--ckpt {tmp_path}/full --exit 1 --data {tmp_path}/text --out {out} --steps 20 --batch 2 --seq 32 --lr 1e-2"
+    monkeypatch.setattr(sys, "argv", ["bound.py", *options.split()])
+    monkeypatch.setattr(Layer, "compile", lambda layer: None)
+    runpy.run_path(str(ROOT / "docs" / "bound.py"), run_name="__main__")
+    first, last = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert last["held_out_loss"] < first["held_out_loss"] - 0.1 and last["agreement"] > first["agreement"]
+    draft = load_checkpoint(out)
+    assert draft.config.n_layers == 1 and json.loads((out / "training.json").read_text())["tokens"] == 20 * 2 * 32
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
