@@ -61,6 +61,7 @@ NOT_RUN = {  # pattern of commands: why
     "torchrun --nproc-per-node 8 *": "eight processes; test_resume.py trains with two",
     "python bench.py train --runs 3": "needs transformers, and minutes",
     "python bench.py peers*": "needs transformers",
+    "python bench.py speedup *": "compiles 24 layers for a minute; test_cli.py compiles four; without --compile it runs, above",
     "python tests/load_1b.py": "writes 2.5 GB",
     "python decode.py --compile --compare": "compiles 24 layers for half a minute; test_cli.py compiles four",
     "make demo": "installs; what it shows is decode.py --compare",
