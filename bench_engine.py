@@ -94,7 +94,7 @@ def alternate(args: Namespace, prompts: list[list[int]], contenders: dict) -> tu
 
 def dtype_of(args: Namespace) -> torch.dtype:
     """The type that --dtype names; auto as in decode.py."""
-    return DTYPES.get(args.dtype) or auto_dtype(args.device)
+    return DTYPES.get(args.dtype) or auto_dtype(torch.device(args.device))
 
 
 def random_model(config: Config, dtype: torch.dtype, seed: int = 0) -> Llama:
