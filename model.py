@@ -380,7 +380,7 @@ def rotary_tables(config: Config, length: int) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on x (..., T, heads, head_dim), halves paired as Hugging Face pairs them; cos, sin (T, 1, head_dim)."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def batch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -196,6 +196,17 @@ def test_a_packed_product_gives_a_row_the_same_bits_in_any_company(dtype, shape)
         assert torch.allclose(full, linear(x), atol=tolerance)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 5, MAX_ROWS])
+def test_a_short_pass_is_padded_to_the_safe_row_count(rows, monkeypatch):
+    monkeypatch.setattr(RowLinear, "probed_rows", lambda self, way, weight: 5)
+    plain, ran = torch.nn.Linear(12, 7, bias=False), []
+    linear, x = RowLinear(plain), torch.randn(rows, 12)
+    product = linear.product
+    linear.product = lambda x: ran.append(len(x)) or product(x)
+    torch.testing.assert_close(linear(x), plain(x).detach())
+    assert ran == [max(rows, 5)]
+
+
 def test_the_probe_finds_the_row_counts_whose_bits_differ():
     """A product that sums in another order below five rows is found out, and five is the answer."""
 

@@ -109,6 +109,11 @@ def test_reading_the_cache_copies_nothing():
     assert keys.untyped_storage().data_ptr() == cache.keys.untyped_storage().data_ptr()
     assert torch.equal(keys[:, 4:7], k.transpose(0, 1)) and torch.equal(values[:, 4:7], 2 * k.transpose(0, 1))
     assert not keys[:, :4].any() and not keys[:, 7:].any() and not cache.read(0, 10)[0].any()
+    for end in (64, 128, 64):  # a text that grows, and one that goes back
+        shared, _ = cache.share(end, 2)
+        assert shared[1].shape == (2, 2, end, 8) and torch.equal(shared[1][0], cache.read(1, end)[0]) and torch.equal(*shared[1])
+    cache.write(1, 9, k, k)
+    assert torch.equal(cache.share(64, 2)[1][1][1, :, 9:12], k.transpose(0, 1))
 
 
 def test_accept_and_rewind_only_move_the_length():
