@@ -5,7 +5,7 @@
 
 The first E layers of a checkpoint, its embedding and its head are copied and trained on the frozen checkpoint's own distribution
 (the target of DistillSpec, arXiv 2310.08461). An early exit has the same E layers, but must leave the layers above something to work with, and
-shares its head with them: what it gains from more or better training is bounded by what this copy reaches.
+shares its head with them: what this copy reaches with the same training is more than it can hope for.
 """
 
 import argparse
@@ -58,6 +58,8 @@ def main() -> None:
 
     torch.manual_seed(0)
     teacher, student = load_checkpoint(args.ckpt, torch.float32), load_checkpoint(args.ckpt, torch.float32)
+    if not 1 <= args.exit < teacher.config.n_layers:
+        p.error(f"--exit must be from 1 to {teacher.config.n_layers - 1}, not {args.exit}")
     student.config = replace(teacher.config, n_layers=args.exit)
     del student.model.layers[args.exit :]
     for layer in [*teacher.model.layers, *student.model.layers]:
