@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 
-from bench_engine import SHAPES, alternate, bar, decode_all, described, drafting, dtype_of, exactness, ideal, memory, profile, progress, roofline, scale, table
+from bench_engine import SHAPES, alternate, bar, decode_all, described, drafting, dtype_of, exactness, ideal, load, memory, profile, progress, roofline, scale, table
 from compiled import compile_passes
 from data import held_out_prompts, read_files, stdlib_files
 from decode import DEFAULT_CKPT, DTYPES, Run, drafting_defaults, generation_defaults, gumbel, usable_device
@@ -192,7 +192,10 @@ def speedup(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[i
 
 
 def drafters(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
-    """Every drafter on one checkpoint: acceptance, tokens per round, speed against the fastest plain decoding, what it costs."""
+    """Every drafter on one checkpoint: acceptance, tokens per round, speed against the fastest plain decoding, what it costs.
+
+    --min-confidence and a second number in --drafts are Kangaroo's (by default 0.6 and 6, its paper's); of --exits, the first counts.
+    """
     dtype, models, contenders = fastest_plain(args, prompts)
     model = models[dtype, True]
     plain_name, exact = f"plain, {dtype}", dict(contenders)
@@ -206,7 +209,7 @@ def drafters(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[
     if args.adapter:
         adapter = load_adapter(args.adapter, model)
         about = json.loads((args.adapter / "adapter.json").read_text())
-        settings = {**base, "draft_len": 6, "min_confidence": 0.6 if args.min_confidence is None else args.min_confidence}
+        settings = {**base, "draft_len": args.drafts[1] if args.drafts and args.drafts[1:] else 6, "min_confidence": 0.6 if args.min_confidence is None else args.min_confidence}
         extra[f"kangaroo, E = {adapter.exit_layer}"] = adapter
         who[f"kangaroo, E = {adapter.exit_layer}"] = ({**settings, "drafter": partial(Kangaroo, adapter=adapter)}, f"{about.get('tokens', 0) / 1e6:.1f}M tokens, {about.get('seconds', 0) / 60:.0f} min")
     if args.draft_ckpt:
@@ -322,15 +325,25 @@ def peers(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int
     """transformers on the same checkpoint, prompts, type, exit and draft length: plain decoding and assistant_early_exit.
 
     Both sides decode greedily with a cache, prompt included in the time; each side's drafted text is compared with its own
-    plain text. Alternating turns.
+    plain text. Alternating turns. Of random weights (--shape) plain decoding alone: their exits foresee nothing.
     """
+    return {shape or args.ckpt.name: peers_of(args, shape, prompts) for shape in args.shape or [None]}
+
+
+def peers_of(args: argparse.Namespace, shape: str | None, prompts: list[list[int]]) -> dict:
+    """`peers` for one model."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     dtype = dtype_of(args)
-    model = load_checkpoint(args.ckpt, dtype).pack()
-    settings = drafting(args, generation_defaults(args.ckpt), model.config)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=dtype).eval()
+    model = load(args, shape, dtype)
+    settings = drafting(args, {} if shape else generation_defaults(args.ckpt), model.config)
+    config = transformers.LlamaConfig(**json.loads(model.config.to_json(dtype)))
+    with torch.device("meta"):
+        theirs = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    theirs.load_state_dict(model.state_dict(), assign=True)  # the same memory, until pack() below lets go of it
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)  # no part of the state
+    model.pack()
     theirs.generation_config = transformers.GenerationConfig(do_sample=False, max_new_tokens=args.tokens, pad_token_id=0)
     assist = dict(assistant_early_exit=settings["exit_layer"])
     theirs.generation_config.num_assistant_tokens = settings["draft_len"]
@@ -353,9 +366,11 @@ def peers(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int
     }
     if args.compile:
         progress("compiling")
-        fast = compile_passes(load_checkpoint(args.ckpt, dtype), [settings["exit_layer"]])
+        fast = compile_passes(load(args, shape, dtype), [settings["exit_layer"]])
         sides["this code, plain, compiled"] = lambda: decode_all(fast, prompts, args.tokens)
         sides["this code, self-speculative, compiled"] = lambda: decode_all(fast, prompts, args.tokens, **settings)
+    if shape:
+        sides = {name: decoded for name, decoded in sides.items() if "plain" in name}
     for name in sides:
         progress(f"warming up: {name}")
         generated(8, **(assist if "early" in name else {})) if "transformers" in name else decode_all(model, prompts[:1], 8)
@@ -368,14 +383,21 @@ def peers(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int
             speeds[name].append(last[name].tokens_per_second)
     progress("")
     found = {name: described(values) for name, values in speeds.items()}
-    names = list(sides)
-    print(f"{len(prompts)} held-out prompts x {args.tokens} tokens, {dtype}, exit {settings['exit_layer']}, draft {settings['draft_len']}, confidence {settings['min_confidence']}")
-    print("| | tokens/s | against transformers | drafted texts that equal its own plain text |\n|---|---|---|---|")
-    for name, other in zip(names, 3 * names[:2]):
-        ids = [[r.ids[i : i + args.tokens] for i in range(0, len(r.ids), args.tokens)] for r in (last[name], last[names[names.index(name) // 2 * 2]])]
-        same = f"{sum(a == b for a, b in zip(*ids))} of {len(prompts)}" if name in names[1::2] else ""
-        v = found[name]
-        print(f"| {name} | {v['median']:.0f} ({v['low']:.0f} to {v['high']:.0f}) | {v['median'] / found[other]['median']:.2f} | {same} |")
+    print(
+        f"{shape or args.ckpt.name}, {len(prompts)} held-out prompts x {args.tokens} tokens, {dtype}, {torch.get_num_threads()} threads, {args.runs} runs"
+        + f", exit {settings['exit_layer']}, draft {settings['draft_len']}, confidence {settings['min_confidence']}" * (not shape)
+        + "\n"
+    )
+    rows = []
+    for name, v in found.items():
+        same = ""
+        if "plain" not in name:
+            own = last[name.replace("assistant_early_exit", "plain").replace("self-speculative", "plain")]
+            texts = [[r.ids[i : i + args.tokens] for i in range(0, len(r.ids), args.tokens)] for r in (last[name], own)]
+            same = f"{sum(a == b for a, b in zip(*texts))} of {len(prompts)}"
+        other = found["transformers, plain" if "plain" in name else "transformers, assistant_early_exit"]["median"]
+        rows.append([name, f"{v['median']:.1f} ({v['low']:.1f} to {v['high']:.1f})", f"{v['median'] / other:.2f}", same])
+    table(["", "tokens/s", "against transformers", "drafted texts that equal its own plain text"], rows)
     return found
 
 
@@ -496,13 +518,13 @@ COMMANDS: dict[str, tuple[Callable, str, dict[str, Any]]] = {  # the function, i
     "drafters": (drafters, "prompts prompts-file tokens runs exits drafts min-confidence dtype adapter draft-ckpt tries", {}),
     "auto": (auto, "prompts tokens runs exits drafts min-confidence dtype", {}),
     "coupling": (coupling, "prompts exits", {}),
-    "peers": (peers, "prompts prompts-file tokens runs exits drafts min-confidence dtype compile", {}),
+    "peers": (peers, "shape prompts prompts-file tokens runs exits drafts min-confidence dtype compile", {}),
     "train": (train, "runs", {}),
-    "roofline": (roofline, "shape runs context exits drafts dtype", {"runs": 30}),
-    "ideal": (ideal, "shape alphas prompts prompts-file tokens runs exits drafts dtype", {"prompts": 4, "tokens": 64, "runs": 3}),
+    "roofline": (roofline, "shape runs context exits drafts dtype compile", {"runs": 30}),
+    "ideal": (ideal, "shape alphas prompts prompts-file tokens runs exits drafts dtype compile", {"prompts": 4, "tokens": 64, "runs": 3}),
     "exactness": (exactness, "shape prompts prompts-file tokens runs dtype", {"prompts": 4, "tokens": 128}),
-    "scale": (scale, "shape runs dtype", {"runs": 10}),
-    "memory": (memory, "shape prompts-file tokens exits drafts dtype", {"tokens": 64}),
+    "scale": (scale, "shape runs dtype compile", {"runs": 10}),
+    "memory": (memory, "shape prompts-file tokens exits drafts dtype compile", {"tokens": 64}),
     "profile": (profile, "shape prompts prompts-file tokens exits drafts min-confidence dtype", {"prompts": 4, "tokens": 128}),
 }
 

@@ -10,10 +10,9 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -24,9 +23,10 @@ from torch.autograd.profiler import profile as profiler
 import decode
 import model as llama
 from cache import VIEW, KVQCache
+from compiled import compile_passes
 from decode import DTYPES, Run, Sampling, auto_dtype, drafting_defaults, generate, generation_defaults, gumbel, new_cache, next_token, run, verify
 from drafters import EarlyExit
-from model import MAX_ROWS, MLP, CachedAttention, Config, Llama, RMSNorm, RowLinear, load_checkpoint
+from model import MAX_ROWS, MLP, CachedAttention, Config, Llama, RMSNorm, load_checkpoint
 from tokenizer import Tokenizer
 
 SHAPES = {
@@ -117,15 +117,25 @@ def load(args: Namespace, shape: str | None, dtype: torch.dtype) -> Llama:
     return random_model(SHAPES[shape], dtype) if shape else load_checkpoint(args.ckpt, dtype)
 
 
+def packed(args: Namespace, model: Llama, exits: Iterable[int]) -> Llama:
+    """The model ready to decode, compiled with --compile."""
+    if args.compile:
+        progress("compiling")
+        compile_passes(model, exits)
+        progress("")
+    return model.pack()
+
+
 def targets(args: Namespace) -> Iterator[tuple[str, Llama, dict]]:
     """(name, packed model, drafting settings) of the checkpoint, or of each shape that was asked for, one at a time.
 
     Random weights are never sure of a word, so a shape drafts without a confidence.
     """
     for shape in args.shape or [None]:
-        model = load(args, shape, dtype_of(args)).pack()
+        model = load(args, shape, dtype_of(args))
         found = {"assistant_confidence_threshold": 0.0} if shape else generation_defaults(args.ckpt)
-        yield shape or args.ckpt.name, model, drafting(args, found, model.config)
+        settings = drafting(args, found, model.config)
+        yield shape or args.ckpt.name, packed(args, model, [settings["exit_layer"]]), settings
         del model  # before the next is made
 
 
@@ -200,57 +210,50 @@ def pass_bytes(c: Config, layers: int, positions: int, itemsize: int) -> int:
     return layer_bytes(c, layers, itemsize) + kv_bytes(c, layers, positions, itemsize) + head_bytes(c, itemsize)
 
 
-def read_bandwidth(size: int, repeat: int = 10) -> tuple[float, str]:
-    """Bytes per second that all threads together read from a buffer of `size` bytes, and the method that got there.
+def reader(size: int) -> tuple[Callable, int, str]:
+    """The fastest way that was found to read a buffer of `size` bytes with all threads: it, the bytes, and what it is.
 
-    A vector sum, a matrix times a vector and a maximum, each the best of `repeat`: what none of them reaches no pass will.
+    A vector sum, a matrix times a vector and a maximum: what none of them reaches no pass will.
     """
     x = torch.ones(-(-size // (4 << 12)), 1 << 12)
     methods: dict[str, Callable] = {"sum": x.sum, "matrix times vector": lambda: torch.mv(x, x[0]), "maximum": x.amax}
-
-    def best(work: Callable) -> float:
-        times = []
-        for _ in range(repeat):
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    seconds = {name: best(work) for name, work in methods.items()}
+    seconds = median_seconds(methods, 10)
     fastest = min(seconds, key=seconds.__getitem__)
-    return x.nbytes / seconds[fastest], fastest
+    return methods[fastest], x.nbytes, fastest
 
 
 def roofline(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
-    """Bytes that each kind of pass must read, against the bandwidth that was measured a moment before.
+    """Bytes that each kind of pass must read, against the bandwidth of this machine, medians of both, measured in turns.
 
-    The bandwidth is that of a buffer as large as the model: small models live in the processor's cache, which is faster
-    than memory.
+    The bandwidth is that of a buffer as large as the model, up to 1 GiB: small models live in the processor's cache, which
+    is faster than memory.
     """
-    memory, method = read_bandwidth(1 << 30)
-    print(f"read bandwidth: {memory / 1e9:.1f} GB/s over 1 GiB ({method}), {torch.get_num_threads()} threads")
-    report: dict = {"bandwidth": memory}
+    report: dict = {}
     for name, model, s in targets(args):
         c, size, exit_layer, rows = model.config, model.dtype.itemsize, s["exit_layer"], s["draft_len"] + 1
-        works = passes(model, args.context, exit_layer, rows - 1)
-        seconds = median_seconds(works, args.runs)
-        end, layers = args.context + 1, c.n_layers
+        works, end, layers = passes(model, args.context, exit_layer, rows - 1), args.context + 1, c.n_layers
         must = {
             "plain": pass_bytes(c, layers, end, size),
             "draft": pass_bytes(c, exit_layer, end, size),
             "verify": pass_bytes(c, layers - exit_layer, args.context + rows, size),
         }
-        bandwidth, method = read_bandwidth(min(must["plain"], 1 << 30))
-        print(f"\n{name}, {model.dtype}, {args.context} positions, exit {exit_layer}, draft {rows - 1}; {bandwidth / 1e9:.1f} GB/s over a buffer of the model's size ({method})\n")
-        report[name] = {kind: {"bytes": must[kind], "seconds": seconds[kind], "share": must[kind] / seconds[kind] / bandwidth} for kind in must}
+        read, buffer, method = reader(min(must["plain"], 1 << 30))
+        seconds = median_seconds(works | {"read": read}, args.runs)
+        bandwidth = buffer / seconds["read"]
+        print(
+            f"{name}, {model.dtype}{', compiled' if args.compile else ''}, {args.context} positions, exit {exit_layer}, draft {rows - 1}, {torch.get_num_threads()} threads; "
+            f"medians of {args.runs} turns; a buffer of {buffer / 1e6:.0f} MB is read at {bandwidth / 1e9:.1f} GB/s ({method})\n"
+        )
+        report[name] = {"bandwidth": bandwidth} | {kind: {"bytes": must[kind], "seconds": seconds[kind], "share": must[kind] / seconds[kind] / bandwidth} for kind in must}
         table(
             ["pass", "layers", "rows", "MB to read", "ms", "GB/s", "share of the bandwidth"],
             [
                 [kind, ran, n, f"{v['bytes'] / 1e6:.1f}", f"{v['seconds'] * 1e3:.2f}", f"{v['bytes'] / v['seconds'] / 1e9:.1f}", f"{v['share']:.0%}"]
-                for (kind, v), ran, n in zip(report[name].items(), (layers, exit_layer, layers - exit_layer), (1, 1, rows))
+                for (kind, ran, n) in (("plain", layers, 1), ("draft", exit_layer, 1), ("verify", layers - exit_layer, rows))
+                for v in [report[name][kind]]
             ],
         )
-        del model, works
+        del model, works, read
     return report
 
 
@@ -296,16 +299,18 @@ def find_damping(acceptance: Callable[[float], float], target: float, close: flo
 
 
 class Damped:
-    """A packed random model whose layers from `exit_layer` on add `damping` times what they would. 0: exits foresee all."""
+    """A random model whose layers from `exit_layer` on add `damping` times what they would. 0: exits foresee all."""
 
-    def __init__(self, model: Llama, exit_layer: int):
-        self.late = [(layer, layer.self_attn.o_proj.weight.detach(), layer.mlp.down_proj.weight.detach()) for layer in model.model.layers[exit_layer:]]
-        self.model = model.pack()
+    def __init__(self, model: Llama, exit_layer: int, pack: Callable[[Llama], Llama]):
+        late = model.model.layers[exit_layer:]
+        weights = [w.detach() for layer in late for w in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight)]
+        self.model = pack(model)
+        self.late = list(zip((p for layer in late for p in (layer.self_attn.out, layer.mlp.down)), weights))
 
     def damp(self, damping: float) -> None:
         """Sets the damping, whatever it was."""
-        for layer, out, down in self.late:  # packed anew, so that a damped product costs what any product costs
-            layer.self_attn.out, layer.mlp.down = (RowLinear(SimpleNamespace(weight=w * damping)) for w in (out, down))  # type: ignore[arg-type]  # only the weight is read
+        for product, weight in self.late:  # packed anew, so that a damped product costs what any product costs
+            product.product = product.way(weight * damping)
 
 
 def ideal(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
@@ -321,7 +326,7 @@ def ideal_of(args: Namespace, shape: str, prompts: list[list[int]]) -> dict:
     model = load(args, shape, dtype_of(args))
     s = drafting(args, {"num_assistant_tokens": 4, "assistant_confidence_threshold": 0.0}, model.config)
     exit_layer, draft_len, sampling = s["exit_layer"], s["draft_len"], Sampling(1.0)
-    damped, report, shown = Damped(model, exit_layer), {}, []
+    damped, report, shown = Damped(model, exit_layer, partial(packed, args, exits=[exit_layer])), {}, []
 
     def drafted(texts: list[list[int]], note: str) -> tuple[Run, list]:
         """A run, and its rounds of a full draft."""
@@ -399,17 +404,17 @@ def scale(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> di
     args.shape, report = args.shape or list(SHAPES), {}
     tables: tuple[list, list, list] = ([], [], [])
     for name, model, _ in targets(args):
-        c, size, found = model.config, model.dtype.itemsize, {}
-        for done, context in enumerate(CONTEXTS):
-            progress(f"{bar(done, len(CONTEXTS))} {name}, context {context}")
-            plain, parts = passes(model, context, 1, 1)["plain"], []
-            median_seconds({"": plain}, 1)
-            for _ in range(args.runs):
+        c, size = model.config, model.dtype.itemsize
+        steps = {context: passes(model, context, 1, 1)["plain"] for context in CONTEXTS}
+        parts: dict[int, list] = {context: [] for context in CONTEXTS}
+        for turn in range(args.runs + 1):  # in turns: a machine that slows down slows all of them
+            for done, (context, plain) in enumerate(steps.items()):
+                progress(f"{bar(turn * len(steps) + done, (args.runs + 1) * len(steps))} {name}, context {context}")
                 clock = Clock()
-                with clock.patched((CachedAttention, "__init__", "attention"), (CachedAttention, "__call__", "attention")), torch.inference_mode():
+                with clock.patched(*((CachedAttention, part, "attention") for part in ("__init__", "__call__", "attend_rows"))), torch.inference_mode():
                     clock.timed("rest", plain)()
-                parts.append([clock.seconds[None, phase] for phase in ("attention", "rest")])
-            found[context] = [statistics.median(v) for v in zip(*parts)]
+                parts[context].append([clock.seconds[None, phase] for phase in ("attention", "rest")])
+        found = {context: [statistics.median(v) for v in zip(*taken[1:])] for context, taken in parts.items()}
         progress(f"{name}, rows")
         rows = median_seconds({n: passes(model, 128, 0, n - 1)["verify"] for n in ROWS}, args.runs)
         progress("")
@@ -418,7 +423,7 @@ def scale(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> di
         tables[0].append([name, *(f"{1e3 * a:.2f} + {1e3 * b:.2f}" for a, b in found.values())])
         tables[1].append([name, f"{count / 1e6:.0f}M", f"{read / 1e6:.0f}", f"{1e3 * sum(found[128]):.2f}", f"{read / sum(found[128]) / 1e9:.1f}"])
         tables[2].append([name, *(f"{s / rows[1]:.2f}" for s in rows.values())])
-        del model, plain
+        del model, plain, steps
     print(f"{dtype_of(args)}, {torch.get_num_threads()} threads, medians of {args.runs}\n\nms of a plain step by context: attention (with its mask and the cache's writing) + the rest\n")
     table(["model", *map(str, CONTEXTS)], tables[0])
     print("\na plain step at 128 positions by size\n")

@@ -328,11 +328,16 @@ class RowLinear:
         elif small:
             ways = [batched_product, linear_product]
         for way in ways:  # the first whose rows need no padding, or the last
-            self.min_rows = self.probed_rows(way, weight) if exact else 1
+            self.take(way, weight, exact)
             if self.min_rows == 1:
                 break
-        self.product = way(weight)
-        self.open = self.min_rows == 1 and way is not packed_product  # a compiler can see what it does
+
+    def take(self, way: Callable[[Tensor], Product], weight: Tensor, exact: bool = True) -> None:
+        """Multiplies by weight (out, in) in this way from now on."""
+        self.min_rows = self.probed_rows(way, weight) if exact else 1
+        self.way, self.product = way, way(weight)
+        self.plain = weight if way is linear_product else None  # the others have a copy of their own
+        self.open = self.min_rows == 1 and way in (linear_product, batched_product)  # a compiler can see what it does
 
     def probed_rows(self, way: Callable[[Tensor], Product], weight: Tensor) -> int:
         """safe_rows of a kind of product for a weight (out, in) of this shape, probed once in a process."""

@@ -46,6 +46,7 @@ MUTANTS = [
     ("a draft model remembers rejected tokens", "drafters.py", "self.own.rewind(same)", "self.own.rewind(self.own.length)", TWO),
     ("an exit is judged by the next position", "drafters.py", "len(tokens) + row) == token)\n", "len(tokens) + row + 1) == token)\n", JUDGE),
     ("compiled attention of another layer", "compiled.py", "k, v, index), q.shape[1])", "k, v, first), q.shape[1])", COMPILED),
+    ("sums of rows and streams out of order", "compiled.py", "for row in x for part in weight.float()", "for part in weight.float() for row in x", COMPILED),
     ("an exit is seen a piece late", "compiled.py", "if seen and end in seen:", "if seen and start in seen:", AUTO_COMPILED),
     ("views of an earlier length", "cache.py", "if rows not in self.shared or self.shared[rows][0] != end:", "if rows not in self.shared:", CACHE),
     ("what a drafter left is trusted when it left nothing", "drafters.py", "tokens[-1], limit, pick), 0\n\n    def run", "tokens[-1], limit, pick), 1\n\n    def run", EXACT),

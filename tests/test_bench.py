@@ -118,7 +118,7 @@ def test_the_damping_of_an_acceptance_is_bracketed_and_found():
 
 
 def test_damping_sets_what_the_exit_foresees():
-    damped = bench_engine.Damped(tiny_model(tiny_config()), 2)
+    damped = bench_engine.Damped(tiny_model(tiny_config()), 2, Llama.pack)
     accepted = []
     for damping in (0.0, 0.3, 3.0):
         damped.damp(damping)
