@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo lint test parity mutants soak twins clean
+.PHONY: demo lint test parity mutants soak twins gpu clean
 
 demo: .venv/ready        ## a streamed completion, and the proof that it is the full model's, faster
 	$(RUN) decode.py --compare
@@ -28,6 +28,14 @@ soak: .venv/ready        ## 200,000 tokens, drafted and plain, token by token (a
 
 twins: .venv/ready       ## trains a plain and a LayerSkip model alike and compares them (about an hour); goes on where it stopped
 	$(RUN) docs/twins.py
+
+gpu: .venv/ready         ## the tables of docs/engine.md on a GPU, random weights of 1B and 8B shapes, into docs/gpu.md
+	for what in speedup "speedup --compile"; do $(BENCH) --device $(DEVICE); done > docs/gpu.md
+	for what in roofline "roofline --compile" exactness ideal "ideal --compile" memory scale "scale --compile"; do $(BENCH) --device $(DEVICE) --shape $(SHAPES); done >> docs/gpu.md
+
+DEVICE = cuda
+SHAPES = 1b,8b
+BENCH = printf '\n`python bench.py %s`\n\n' "$$what"; $(RUN) bench.py $$what
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

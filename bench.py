@@ -342,7 +342,7 @@ def peers_of(args: argparse.Namespace, shape: str | None, prompts: list[list[int
     with torch.device("meta"):
         theirs = transformers.LlamaForCausalLM(config).to(dtype).eval()
     theirs.load_state_dict(model.state_dict(), assign=True)  # the same memory, until pack() below lets go of it
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)  # no part of the state
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(model.device)  # no part of the state
     model.pack()
     theirs.generation_config = transformers.GenerationConfig(do_sample=False, max_new_tokens=args.tokens, pad_token_id=0)
     assist = dict(assistant_early_exit=settings["exit_layer"])
@@ -354,7 +354,8 @@ def peers_of(args: argparse.Namespace, shape: str | None, prompts: list[list[int
         total = Run()
         for prompt in prompts:
             started = time.perf_counter()
-            out = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=count, **how)
+            ids = torch.tensor([prompt], device=model.device)
+            out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **how)
             total = Run(total.ids + out[0, len(prompt) :].tolist(), [], total.seconds + time.perf_counter() - started)
         return total
 
@@ -518,13 +519,13 @@ COMMANDS: dict[str, tuple[Callable, str, dict[str, Any]]] = {  # the function, i
     "drafters": (drafters, "prompts prompts-file tokens runs exits drafts min-confidence dtype adapter draft-ckpt tries", {}),
     "auto": (auto, "prompts tokens runs exits drafts min-confidence dtype", {}),
     "coupling": (coupling, "prompts exits", {}),
-    "peers": (peers, "shape prompts prompts-file tokens runs exits drafts min-confidence dtype compile", {}),
+    "peers": (peers, "shape prompts prompts-file tokens runs exits drafts min-confidence dtype compile device", {}),
     "train": (train, "runs", {}),
-    "roofline": (roofline, "shape runs context exits drafts dtype compile", {"runs": 30}),
-    "ideal": (ideal, "shape alphas prompts prompts-file tokens runs exits drafts dtype compile", {"prompts": 4, "tokens": 64, "runs": 3}),
-    "exactness": (exactness, "shape prompts prompts-file tokens runs dtype", {"prompts": 4, "tokens": 128}),
-    "scale": (scale, "shape runs dtype compile", {"runs": 10}),
-    "memory": (memory, "shape prompts-file tokens exits drafts dtype compile", {"tokens": 64}),
+    "roofline": (roofline, "shape runs context exits drafts dtype compile device", {"runs": 30}),
+    "ideal": (ideal, "shape alphas prompts prompts-file tokens runs exits drafts dtype compile device", {"prompts": 4, "tokens": 64, "runs": 3}),
+    "exactness": (exactness, "shape prompts prompts-file tokens runs dtype device", {"prompts": 4, "tokens": 128}),
+    "scale": (scale, "shape runs dtype compile device", {"runs": 10}),
+    "memory": (memory, "shape prompts-file tokens exits drafts dtype compile device", {"tokens": 64}),
     "profile": (profile, "shape prompts prompts-file tokens exits drafts min-confidence dtype", {"prompts": 4, "tokens": 128}),
 }
 

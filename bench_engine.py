@@ -37,6 +37,7 @@ SHAPES = {
     "1b": Config(  # Llama 3.2 1B
         128256, 2048, 8192, 16, 32, 8, 64, max_len=131072, rope_theta=5e5, rope_type="llama3", rope_factor=32.0, tied=True
     ),
+    "8b": Config(128256, 4096, 14336, 32, 32, 8, 128, max_len=131072, rope_theta=5e5, rope_type="llama3", rope_factor=8.0),  # Llama 3.1 8B
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,11 +98,17 @@ def dtype_of(args: Namespace) -> torch.dtype:
     return DTYPES.get(args.dtype) or auto_dtype(torch.device(args.device))
 
 
-def random_model(config: Config, dtype: torch.dtype, seed: int = 0) -> Llama:
+def settle() -> None:
+    """Waits until a GPU, if one is in use, has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def random_model(config: Config, dtype: torch.dtype, device: torch.device | str = "cpu") -> Llama:
     """A Llama of random weights, made in place: memory holds them once."""
     with torch.device("meta"):
         model = Llama(config)
-    model, generator = model.to(dtype).to_empty(device="cpu"), torch.Generator().manual_seed(seed)
+    model, generator = model.to(dtype).to_empty(device=device), torch.Generator(device).manual_seed(0)
     if config.tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     with torch.no_grad():
@@ -114,7 +121,7 @@ def random_model(config: Config, dtype: torch.dtype, seed: int = 0) -> Llama:
 
 def load(args: Namespace, shape: str | None, dtype: torch.dtype) -> Llama:
     """A model that is not packed yet: random weights of `shape`, or the checkpoint where it is None."""
-    return random_model(SHAPES[shape], dtype) if shape else load_checkpoint(args.ckpt, dtype)
+    return random_model(SHAPES[shape], dtype, args.device) if shape else load_checkpoint(args.ckpt, dtype, args.device)
 
 
 def packed(args: Namespace, model: Llama, exits: Iterable[int]) -> Llama:
@@ -179,8 +186,10 @@ def median_seconds(works: dict[Any, Callable], repeat: int) -> dict[Any, float]:
     taken: dict[Any, list[float]] = {name: [] for name in works}
     for _ in range(repeat + 1):
         for name, work in works.items():
+            settle()
             started = time.perf_counter()
             work()
+            settle()
             taken[name].append(time.perf_counter() - started)
     return {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}
 
@@ -210,12 +219,12 @@ def pass_bytes(c: Config, layers: int, positions: int, itemsize: int) -> int:
     return layer_bytes(c, layers, itemsize) + kv_bytes(c, layers, positions, itemsize) + head_bytes(c, itemsize)
 
 
-def reader(size: int) -> tuple[Callable, int, str]:
+def reader(size: int, device: torch.device) -> tuple[Callable, int, str]:
     """The fastest way that was found to read a buffer of `size` bytes with all threads: it, the bytes, and what it is.
 
     A vector sum, a matrix times a vector and a maximum: what none of them reaches no pass will.
     """
-    x = torch.ones(-(-size // (4 << 12)), 1 << 12)
+    x = torch.ones(-(-size // (4 << 12)), 1 << 12, device=device)
     methods: dict[str, Callable] = {"sum": x.sum, "matrix times vector": lambda: torch.mv(x, x[0]), "maximum": x.amax}
     seconds = median_seconds(methods, 10)
     fastest = min(seconds, key=seconds.__getitem__)
@@ -237,7 +246,7 @@ def roofline(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) ->
             "draft": pass_bytes(c, exit_layer, end, size),
             "verify": pass_bytes(c, layers - exit_layer, args.context + rows, size),
         }
-        read, buffer, method = reader(min(must["plain"], 1 << 30))
+        read, buffer, method = reader(min(must["plain"], 1 << 30), args.device)
         seconds = median_seconds(works | {"read": read}, args.runs)
         bandwidth = buffer / seconds["read"]
         print(
@@ -361,7 +370,7 @@ def ideal_of(args: Namespace, shape: str, prompts: list[list[int]]) -> dict:
         )  # fmt: skip
         row = [target, f"{damping:.4g}", f"{alpha:.3f}", f"{accepted:.0%}", f"{emitted:.2f} ({expected:.2f})", f"{cost['draft']:.3f}", f"{cost['verify']:.3f}"]
         shown.append(row + [f"{measured:.2f}", f"{best:.2f}", f"{measured / best:.0%}", f"{with_row:.2f}", f"{measured / with_row:.0%}", f"{distinct:.0%}"])
-    print(f"{shape}, random weights, {model.dtype}, exit {exit_layer} of {model.config.n_layers}, draft {draft_len}, {len(prompts)} prompts x {args.tokens} tokens, medians of {args.runs} runs\n")
+    print(f"{shape}, random weights, {model.dtype}{', compiled' if args.compile else ''}, exit {exit_layer} of {model.config.n_layers}, draft {draft_len}, {len(prompts)} prompts x {args.tokens} tokens, medians of {args.runs} runs\n")
     table(["wanted", "damping", "alpha", "accepted", "tokens per round (expected)", "c_draft", "c_verify", "measured", "ideal", "of it", "with the last row", "of it", "distinct tokens"], shown)
     print(
         f"\nalpha: a guess is accepted, once those before it were. accepted: of all {draft_len} guesses. Costs in plain steps. ideal = (1 + alpha + ... + alpha^{draft_len}) / "
@@ -401,7 +410,7 @@ ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 def scale(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """Milliseconds of a plain step as the context grows, attention apart from the rest; as the model grows; and of a full pass
     as its rows grow."""
-    args.shape, report = args.shape or list(SHAPES), {}
+    args.shape, report = args.shape or [shape for shape in SHAPES if shape != "8b"], {}
     tables: tuple[list, list, list] = ([], [], [])
     for name, model, _ in targets(args):
         c, size = model.config, model.dtype.itemsize
@@ -420,12 +429,13 @@ def scale(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> di
         progress("")
         report[name] = {"context": found, "rows": rows}
         count, read = layer_bytes(c, c.n_layers, 1) + head_bytes(c, 1), pass_bytes(c, c.n_layers, 129, size)
-        tables[0].append([name, *(f"{1e3 * a:.2f} + {1e3 * b:.2f}" for a, b in found.values())])
+        longest, shortest = found[CONTEXTS[-1]][1], found[CONTEXTS[0]][1]
+        tables[0].append([name, *(f"{1e3 * a:.2f} + {1e3 * b:.2f}" for a, b in found.values()), f"{longest / shortest - 1:+.0%}"])
         tables[1].append([name, f"{count / 1e6:.0f}M", f"{read / 1e6:.0f}", f"{1e3 * sum(found[128]):.2f}", f"{read / sum(found[128]) / 1e9:.1f}"])
         tables[2].append([name, *(f"{s / rows[1]:.2f}" for s in rows.values())])
         del model, plain, steps
-    print(f"{dtype_of(args)}, {torch.get_num_threads()} threads, medians of {args.runs}\n\nms of a plain step by context: attention (with its mask and the cache's writing) + the rest\n")
-    table(["model", *map(str, CONTEXTS)], tables[0])
+    print(f"{dtype_of(args)}{', compiled' if args.compile else ''}, {torch.get_num_threads()} threads, medians of {args.runs} turns\n\nms of a plain step by context: attention (with its mask and the cache's writing) + the rest\n")
+    table(["model", *map(str, CONTEXTS), f"the rest, {CONTEXTS[-1]} against {CONTEXTS[0]}"], tables[0])
     print("\na plain step at 128 positions by size\n")
     table(["model", "parameters", "MB to read", "ms", "GB/s"], tables[1])
     print("\na pass through all layers at 128 positions by rows, in passes of one row\n")
@@ -455,7 +465,13 @@ def peak_bytes(work: Callable) -> int:
 
     From the profiler's record of every allocation, temporaries inside operators included, to the byte; the process's
     resident size would add pages of code, threads and what malloc keeps. oneDNN's and MKL's own scratch does not show.
+    On a GPU that of its allocator, which counts in blocks of 512 bytes.
     """
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
     with silent_stderr(), profiler(profile_memory=True, use_kineto=False) as recorded:
         work()
     held = peak = 0
@@ -504,7 +520,7 @@ def memory(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> d
         verdicts.append(added <= allowed)
         notes.append(f"{name}: drafting adds {added / 1e3:.1f} kB; {draft_len + 1} exit queries and a pass of {draft_len + 1} rows are {allowed / 1e3:.1f} kB")
         del model
-    print(f"peak of allocations above the weights, a prompt of {len(prompt)} and {args.tokens} new tokens, {dtype_of(args)}, MB\n")
+    print(f"peak of allocations above the weights, a prompt of {len(prompt)} and {args.tokens} new tokens, {dtype_of(args)}{', compiled' if args.compile else ''}, MB\n")
     table(["model", "decoding", "peak", "formula", "its cache", "its widest pass", "difference"], rows)
     print("\n" + "\n".join(notes) + f"\nwithin 10% of the formula, and drafting within its rows: {'yes' if all(verdicts) else 'NO'}")
     return report | {"within": all(verdicts)}
@@ -528,10 +544,12 @@ class Clock:
         def call(*given, **named):
             self.side, outer = side or self.side, self.side
             self.inside.append(0.0)
+            settle()
             started = time.perf_counter()
             try:
                 return work(*given, **named)
             finally:
+                settle()
                 took = time.perf_counter() - started
                 self.seconds[self.side, phase] += took - self.inside.pop()
                 self.calls[self.side, phase] += 1

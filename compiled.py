@@ -52,8 +52,8 @@ OPTIONS = {
 }
 
 
-def compiled(module: nn.Module, examples: tuple[Tensor, ...], dynamic: tuple, threads: int = -1) -> Callable[..., Tensor]:
-    """The module as a compiled function of tensors like the examples; `dynamic` names, as torch.export does, what may differ."""
+def graph_of(module: nn.Module, examples: tuple[Tensor, ...], dynamic: tuple, threads: int = -1) -> Callable[..., Tensor]:
+    """The module as a compiled function of tensors (...) like the examples; `dynamic` names, as torch.export does, what may differ."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(module, examples, dynamic_shapes=dynamic, strict=False)
@@ -77,7 +77,7 @@ class Sums(nn.Module):
         """Compiled for `rows` rows and a weight of any size."""
         out, into = torch.export.Dim("out", min=2), torch.export.Dim("into", min=2)
         example = torch.zeros(rows, 2048), torch.zeros(Sums.STREAMS, 2048, 2048, dtype=torch.bfloat16)
-        return compiled(Sums(), example, ({1: into}, {1: out, 2: into}))
+        return graph_of(Sums(), example, ({1: into}, {1: out, 2: into}))
 
 
 def summed_product(weight: Tensor) -> Product:
@@ -112,7 +112,7 @@ class Piece(nn.Module):
     def graph(self, h: Tensor, cos: Tensor, sin: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """Compiled for one row, if h (T, dim) is one, or for any other number up to MAX_ROWS."""
         rows = None if h.shape[0] == 1 else {0: torch.export.Dim("rows", min=2, max=MAX_ROWS)}
-        return compiled(self, (h, cos, sin), (rows, rows, rows), threads=1)
+        return graph_of(self, (h, cos, sin), (rows, rows, rows), threads=1)
 
 
 class Pieces:

@@ -1,6 +1,7 @@
 """The logic of bench.py: what it writes, reads and computes. No time is looked at."""
 
 import random
+import re
 import sys
 
 import pytest
@@ -171,6 +172,18 @@ def test_the_clock_gives_each_phase_its_own_time(monkeypatch):
     assert clock.seconds == {("draft", "out"): 1, ("draft", "in"): 4, (None, "in"): 2}
     assert clock.calls == {("draft", "out"): 1, ("draft", "in"): 2, (None, "in"): 1}
     assert Parts.outer is before
+
+
+@pytest.mark.parametrize("what", ["roofline", "ideal --alphas 0.8 --prompts 1 --tokens 24", "exactness --prompts 1 --tokens 4", "scale", "profile --prompts 1 --tokens 8"])
+def test_the_engines_tables_have_a_line_for_each_shape(what, monkeypatch, capsys):
+    monkeypatch.setattr(bench_engine, "CONTEXTS", (64, 128))
+    for name, layers in (("one", 2), ("other", 3)):
+        monkeypatch.setitem(bench_engine.SHAPES, name, Config(2048, 96, 192, layers, 3, 1, 32, tied=True))
+    monkeypatch.setattr(sys, "argv", ["bench.py", *what.split(), "--shape", "one,other", "--dtype", "float32", *["--runs", "1"][: 0 if "profile" in what else 2]])
+    bench.main()
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^\|? ?{name}\b.*\d", out, re.M) for name in ("one", "other")), out
+    assert len(re.findall(r"^\|-", out, re.M)) == {"roofline": 2, "ideal": 2, "exactness": 1, "scale": 3, "profile": 2}[what.split()[0]]
 
 
 def test_nothing_to_measure_is_one_line(monkeypatch, capsys):
