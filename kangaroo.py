@@ -193,7 +193,7 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=600)
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--seq", type=int, default=256)
-    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--lr", type=float, default=6e-3)
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     try:
