@@ -26,14 +26,18 @@ import csv
 import inspect
 import json
 import re
+import signal
 import statistics
 import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import product
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -402,64 +406,79 @@ def peers_of(args: argparse.Namespace, shape: str | None, prompts: list[list[int
     return found
 
 
-def train(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
-    """Training tokens/s of the shipped shape: transformers' LlamaForCausalLM in a plain loop, eager and compiled, and the
-    recipes plain and layerskip of train.py. Same batch, AdamW, bfloat16 autocast where the hardware has it; alternating turns of ten steps."""
+def training_step(recipe: list[str], ckpt: Path, folder: str) -> Callable[[], object]:
+    """A step of `train.py` with these arguments or, for ["transformers", "eager" or "compiled"], of its LlamaForCausalLM in a plain loop."""
+    if recipe[0] != "transformers":
+        import train as training
+
+        return training.Run(training.parser().parse_args(["--out", folder, "--steps", "100000", *recipe])).train_step
     import transformers
 
-    import train as training
+    c = load_checkpoint(ckpt).config
+    config = transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.hidden_dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, tie_word_embeddings=True, use_cache=False, max_position_embeddings=c.max_len,
+    )  # fmt: skip
+    batch = torch.randint(c.vocab_size, (8, 512), generator=torch.Generator().manual_seed(0))
+    bf16 = auto_dtype(torch.device("cpu")) == torch.bfloat16
+    model = transformers.LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    forward = torch.compile(model) if recipe[1] == "compiled" else model
 
-    with tempfile.TemporaryDirectory() as folder:
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = forward(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-        def ours(*recipe: str) -> Callable[[], object]:
-            out = Path(folder, recipe[1])
-            options = training.parser().parse_args(["--out", str(out), "--steps", "100000", *recipe])
-            run = training.Run(options)
-            return run.train_step
+    return step
 
-        c = load_checkpoint(args.ckpt).config
-        config = transformers.LlamaConfig(
-            vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.hidden_dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-            num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, tie_word_embeddings=True, use_cache=False, max_position_embeddings=c.max_len,
-        )  # fmt: skip
-        batch = torch.randint(c.vocab_size, (8, 512), generator=torch.Generator().manual_seed(0))
 
-        bf16 = auto_dtype(torch.device("cpu")) == torch.bfloat16
-
-        def theirs(compiled: bool) -> Callable[[], object]:
-            model = transformers.LlamaForCausalLM(config)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-            forward = torch.compile(model) if compiled else model
-
-            def step():
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    loss = forward(input_ids=batch, labels=batch).loss
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-            return step
-
-        steps = {
-            "transformers, eager": theirs(False),
-            "transformers, torch.compile": theirs(True),
-            "train.py --recipe plain": ours("--recipe", "plain"),
-            "train.py --recipe layerskip": ours("--recipe", "layerskip"),
-            "the same, published dropout from the start": ours("--recipe", "layerskip", "--dropout-time", "constant", "--seed", "1"),
-        }
-        for name, step in steps.items():  # compiles
-            for _ in range(4):
-                progress(f"warming up: {name}")
+def train_in_turns(recipe: list[str], ckpt: Path, folder: str, turns: Connection) -> None:
+    """A process of `train`: warms up, then answers each True with the seconds of ten steps."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
+    step = training_step(recipe, ckpt, folder)
+    for _ in range(4):
+        step()
+    turns.send(None)
+    with suppress(EOFError):
+        while turns.recv():
+            started = time.perf_counter()
+            for _ in range(10):
                 step()
-        speeds: dict[str, list[float]] = {name: [] for name in steps}
+            turns.send(time.perf_counter() - started)
+
+
+def train(args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
+    """Training tokens/s of the shipped shape: transformers' LlamaForCausalLM in a plain loop, eager and compiled, and the
+    recipes plain and layerskip of train.py. Same batch, AdamW, bfloat16 autocast where the hardware has it; turns of ten steps.
+
+    Each in a process of its own, of which one runs at a time: in one process they would share what torch.compile has made."""
+    import transformers  # noqa: F401  # where it is missing, say so before any process starts
+
+    contenders = {
+        "transformers, eager": ["transformers", "eager"],
+        "transformers, torch.compile": ["transformers", "compiled"],
+        "train.py --recipe plain": ["--recipe", "plain"],
+        "train.py --recipe layerskip": ["--recipe", "layerskip"],
+        "the same, published dropout from the start": ["--recipe", "layerskip", "--dropout-time", "constant", "--seed", "1"],
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    with tempfile.TemporaryDirectory() as folder:
+        turns, context = {}, get_context("spawn")
+        for name, recipe in contenders.items():
+            progress(f"warming up: {name}")
+            turns[name], theirs = context.Pipe()
+            context.Process(target=train_in_turns, args=(recipe, args.ckpt, f"{folder}/{len(turns)}", theirs), daemon=True).start()
+            theirs.close()
+            turns[name].recv()
         for turn in range(args.runs):
-            for name, step in steps.items():
-                progress(f"turn {turn + 1}/{args.runs}: {name}")
-                started = time.perf_counter()
-                for _ in range(10):
-                    step()
-                speeds[name].append(10 * batch.numel() / (time.perf_counter() - started))
+            for name in contenders:
+                progress(f"{bar(turn, args.runs)} {name}")
+                turns[name].send(True)
+                speeds[name].append(10 * 8 * 512 / turns[name].recv())
         progress("")
     found = {name: described(values) for name, values in speeds.items()}
     first = found["transformers, eager"]["median"]

@@ -6,31 +6,26 @@ from helpers import reference_decode, tiny_config, tiny_model
 
 import compiled
 import model as model_module
-from compiled import Sums, compile_passes, summed_product
+from compiled import ROWS, compile_passes, widened_product
 from decode import Sampling, generate
 from drafters import AutoExit, PromptLookup
 from model import Layer, RowLinear, linear_product
 
 SHAPES = {  # tails of vectors, one and several key/value heads, heads that share them
-    "ragged": dict(dim=52, hidden_dim=34, n_heads=6, n_kv_heads=3, head_dim=6, max_len=150),
-    "even": dict(dim=64, hidden_dim=96, n_heads=3, n_kv_heads=1, head_dim=64, max_len=150),
+    "ragged": dict(dim=64, hidden_dim=34, n_heads=6, n_kv_heads=3, head_dim=6, max_len=150),
+    "even": dict(dim=52, hidden_dim=96, n_heads=3, n_kv_heads=1, head_dim=64, max_len=150),
 }
 
 
 @pytest.mark.parametrize("shape, dtype", [("ragged", torch.bfloat16), ("even", torch.float32)])
 def test_compiled_tokens_and_logits_are_bitwise_the_compiled_full_models(shape, dtype, monkeypatch):
-    if dtype == torch.bfloat16:  # on a machine without instructions for it, products are sums that the compiler writes
+    if dtype == torch.bfloat16:  # as on a machine without instructions for it
         monkeypatch.setattr(model_module, "packed_product", linear_product)
-        monkeypatch.setattr(Sums, "ROWS", 2)  # graphs for up to 8 take a minute
     model = tiny_model(tiny_config(n_layers=4, **SHAPES[shape]), damp_from=1, damping=0.3, dtype=dtype)
-    down = model.model.layers[0].mlp.down_proj.weight.detach()
     eager, _, _ = reference_decode(model.pack(), [3, 1, 4], 100, Sampling(), ())
     compile_passes(model, [2])
-    if dtype == torch.bfloat16:
-        x, product = torch.randn(2, 9, down.shape[1]).to(dtype), model.model.layers[0].mlp.down
-        assert product.way is summed_product and product.min_rows == 1
-        torch.testing.assert_close(product(x), x @ down.T, rtol=2**-7, atol=1e-3)
-        torch.testing.assert_close(product(x[0, :5]), product(x)[0, :5], rtol=0, atol=0)
+    ways = [(p.shape, p.way) for p in (model.model.layers[0].self_attn.qkv, model.model.layers[0].mlp.down)]
+    assert ways == [((72, 64), widened_product), ((64, 34), linear_product)] or dtype != torch.bfloat16
     monkeypatch.setattr(Layer, "forward", None)  # from here on nothing but the graphs can run
     found = set()
     for sampling in (Sampling(), Sampling(0.8, seed=3)):
@@ -45,6 +40,17 @@ def test_compiled_tokens_and_logits_are_bitwise_the_compiled_full_models(shape, 
     assert len(found) > 5
     with pytest.raises(ValueError, match="compiled to exit behind layers"):
         list(generate(model, [1], exit_layer=1, max_new_tokens=3, eos=()))
+
+
+def test_widened_products_are_products_whose_rows_do_not_meet():
+    weight = torch.randn(20, 96).bfloat16()
+    product, x = widened_product(weight), torch.randn(3 * ROWS + 1, 96).bfloat16()
+    whole = product(x)
+    torch.testing.assert_close(whole, x @ weight.T, rtol=2**-7, atol=1e-2)
+    assert torch.equal(product(x[:24].view(4, 6, 96)), whole[:24].view(4, 6, 20))
+    for rows in range(1, ROWS + 1):
+        assert torch.equal(product(x[5 : 5 + rows]), whole[5 : 5 + rows]), rows
+        assert torch.equal(product(torch.cat((x, x), 1)[:rows, 96:]), whole[:rows]), "a view"
 
 
 def test_exit_auto_finds_its_exits_compiled(monkeypatch):
