@@ -48,7 +48,7 @@ MUTANTS = [
     ("an exit is judged by the next position", "drafters.py", "len(tokens) + row) == token)\n", "len(tokens) + row + 1) == token)\n", JUDGE),
     ("compiled attention of another layer", "compiled.py", "k, v, index), q.shape[1])", "k, v, first), q.shape[1])", COMPILED),
     ("sums of several places out of order", "products.cpp", "y[row * out + i + place * part]", "y[row * out + i * PLACES + place]", WIDENED),
-    ("a row that sums the row before it too", "products.cpp", "load<Floats>(x + row * in + j + 8 * k)", "load<Floats>(x + (k ? row : 0) * in + j + 8 * k)", WIDENED),
+    ("a row that sums part of the first row", "products.cpp", "load<Floats>(x + row * in + j + 8 * k)", "load<Floats>(x + (k ? row : 0) * in + j + 8 * k)", WIDENED),
     ("an exit is seen a piece late", "compiled.py", "if seen and end in seen:", "if seen and start in seen:", AUTO_COMPILED),
     ("views of an earlier length", "cache.py", "if rows not in self.shared or self.shared[rows][0] != end:", "if rows not in self.shared:", CACHE),
     ("what a drafter left is trusted when it left nothing", "drafters.py", "tokens[-1], limit, pick), 0\n\n    def run", "tokens[-1], limit, pick), 1\n\n    def run", EXACT),
