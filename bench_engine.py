@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import profile as profiler
 
+import compiled
 import decode
 import model as llama
 from cache import VIEW, KVQCache
-from compiled import compile_passes
 from decode import DTYPES, Run, Sampling, auto_dtype, drafting_defaults, generate, generation_defaults, gumbel, new_cache, next_token, run, verify
 from drafters import EarlyExit
 from model import MAX_ROWS, MLP, CachedAttention, Config, Llama, RMSNorm, load_checkpoint
@@ -128,7 +128,7 @@ def packed(args: Namespace, model: Llama, exits: Iterable[int]) -> Llama:
     """The model ready to decode, compiled with --compile."""
     if args.compile:
         progress("compiling")
-        compile_passes(model, exits)
+        compiled.compile_passes(model, exits)
         progress("")
     return model.pack()
 
@@ -222,7 +222,7 @@ def pass_bytes(c: Config, layers: int, positions: int, itemsize: int) -> int:
 def reader(size: int, device: torch.device) -> tuple[Callable, int, str]:
     """PyTorch's fastest way to read a buffer of `size` bytes with all threads: it, the bytes, and what it is.
 
-    Of a vector sum, a matrix times a vector and a maximum. (products.cpp, which asks for memory ahead of time, may read a little faster.)
+    Of a vector sum, a matrix times a vector and a maximum. (widened.cpp, which asks for memory ahead of time, may read a little faster.)
     """
     x = torch.ones(-(-size // (4 << 12)), 1 << 12, device=device)
     methods: dict[str, Callable] = {"sum": x.sum, "matrix times vector": lambda: torch.mv(x, x[0]), "maximum": x.amax}
@@ -407,6 +407,9 @@ CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
+ATTENTION = ((CachedAttention, "__init__"), (CachedAttention, "__call__"), (CachedAttention, "attend_rows"), (compiled, "widened_attention"))
+
+
 def scale(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """Milliseconds of a plain step as the context grows, attention apart from the rest; as the model grows; and of a full pass
     as its rows grow."""
@@ -420,7 +423,7 @@ def scale(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> di
             for done, (context, plain) in enumerate(steps.items()):
                 progress(f"{bar(turn * len(steps) + done, (args.runs + 1) * len(steps))} {name}, context {context}")
                 clock = Clock()
-                with clock.patched(*((CachedAttention, part, "attention") for part in ("__init__", "__call__", "attend_rows"))), torch.inference_mode():
+                with clock.patched(*((*part, "attention") for part in ATTENTION)), torch.inference_mode():
                     clock.timed("rest", plain)()
                 parts[context].append([clock.seconds[None, phase] for phase in ("attention", "rest")])
         found = {context: [statistics.median(v) for v in zip(*taken[1:])] for context, taken in parts.items()}

@@ -6,7 +6,7 @@ A pass is a run of those pieces: a draft is the first, a verification the second
 whoever drafts, a token goes through the same compiled code, and nothing is fused across the layer where a draft ends. In a
 graph, what is row-wise by nature (norms, rotation, SiLU, sums) is compiled, on one thread, so that no sum over a row is split;
 what holds rows apart in model.py, products and CachedAttention, is called from the graph as it is. Products in bfloat16 on a
-processor without instructions for it are those of products.cpp.
+processor without instructions for it are those of widened.cpp.
 
 The graphs are made by torch.export and compiled by TorchInductor: torch.compile's own machinery takes half a millisecond to
 find the graph for each call, a sixth of a small model's draft step.
@@ -48,24 +48,28 @@ _library.impl("row_bmm", torch.ops.aten.bmm.default, "Meta")
 _library.define("attend_rows(Tensor q, Tensor k, Tensor v, int layer) -> Tensor")
 _library.impl("attend_rows", lambda q, k, v, layer: _attention[-1].attend_rows(layer, q, k, v).contiguous(), "CompositeExplicitAutograd")
 _library.impl("attend_rows", lambda q, k, v, layer: q.new_empty(q.shape), "Meta")
+_library.define("attend_widened(Tensor q, Tensor k, Tensor v, int layer) -> Tensor")
+_library.impl("attend_widened", lambda *inputs: widened_attention(*inputs), "CPU")
+_library.impl("attend_widened", lambda q, k, v, layer: q.new_empty(q.shape), "Meta")
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Products in bfloat16 on a processor without instructions for it
+# Products and attention in bfloat16 on a processor without instructions for it
 
-ROWS = 8  # that products.cpp takes at once
+ROWS = 8  # that widened.cpp multiplies at once
 
 
 @cache
-def row_products() -> Callable[..., None] | None:
-    """products.cpp, compiled for this processor, as a function of addresses and sizes; None where the compiler cannot."""
-    source = Path(__file__).with_name("products.cpp")
+def loops() -> ctypes.CDLL | None:
+    """widened.cpp, compiled for this processor: functions of sizes and addresses; None where the compiler cannot."""
+    source = Path(__file__).with_name("widened.cpp")
     with tempfile.TemporaryDirectory() as folder:
-        library = str(Path(folder, "products.so"))
+        library = str(Path(folder, "widened.so"))
         compiler = shlex.split(os.environ.get("CXX") or "c++")
         if subprocess.run([*compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", str(source), "-o", library], capture_output=True).returncode:
             return None
-        found = ctypes.CDLL(library).row_products
-    found.argtypes, found.restype = [c_long, c_void_p, c_void_p, c_void_p, c_long, c_long], None
+        found = ctypes.CDLL(library)
+    found.row_products.argtypes, found.row_products.restype = [c_long, c_void_p, c_void_p, c_void_p, c_long, c_long], None
+    found.row_attention.argtypes, found.row_attention.restype = [c_long] * 6 + [c_void_p] * 6, None
     return found
 
 
@@ -74,8 +78,9 @@ def widened_product(weight: Tensor) -> Product:
     weight for every row, takes its time. A plain step of Llama 3.2 1B's shape on a Zen 3 pair: 162 ms not compiled, with that kernel; compiled, 98 with
     sums that TorchInductor writes and 93 with this loop; twelve layers and the head with five rows, 537, 160 and 160."""
     out_features, in_features = weight.shape
-    multiply = row_products()
-    assert multiply, "products.cpp was not compiled"
+    found = loops()
+    assert found, "widened.cpp was not compiled"
+    multiply = found.row_products
 
     def product(x: Tensor) -> Tensor:
         if x.dim() > 2 or len(x) > ROWS:
@@ -85,6 +90,17 @@ def widened_product(weight: Tensor) -> Product:
         return y
 
     return product
+
+
+def widened_attention(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    """CachedAttention of the running pass for bfloat16 rows: q (T, H, hd), k and v (T, Hkv, hd) -> (T, H, hd), where hd is 64 or 128.
+    Llama 3.2 1B's heads on a Zen 3 pair, 128 and 8,192 positions: a row takes 232 and 3,877 us with PyTorch's attention, 68 and 2,771 with this."""
+    found, cache, start = loops(), _attention[-1].cache, _attention[-1].start
+    assert found, "widened.cpp was not compiled"
+    q, k, v, y = q.contiguous(), k.contiguous(), v.contiguous(), torch.empty_like(q)
+    keys, values = (x.data_ptr() + layer * (x.nbytes // len(x)) for x in (cache.keys, cache.values))
+    found.row_attention(*q.shape[:2], *k.shape[1:], start, cache.max_len, *(x.data_ptr() for x in (q, k, v)), keys, values, y.data_ptr())
+    return y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,14 +117,16 @@ OPTIONS = {
 class Piece(nn.Module):
     """Some layers, the first of them number `first`, from h (T, dim), cos and sin to h; attention is that of the running pass."""
 
-    def __init__(self, layers: Iterable[Layer], first: int):
+    def __init__(self, layers: Iterable[Layer], first: int, widened: bool):
         super().__init__()
-        self.layers, self.first = list(layers), first  # a list: their weights are packed, not this module's
+        self.layers, self.first, self.widened = list(layers), first, widened  # a list: their weights are packed, not this module's
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         for index, layer in enumerate(self.layers, self.first):
 
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                if self.widened:
+                    return torch.ops.layerskip.attend_widened(q, k, v, index)
                 return gather_heads(torch.ops.layerskip.attend_rows(spread_heads(q, k.shape[1]), k, v, index), q.shape[1])
 
             h = layer(h, cos, sin, attend)
@@ -127,13 +145,13 @@ class Piece(nn.Module):
 class Pieces:
     """Layers as compiled graphs between `cuts`, 0 and L among them; Llama.run_layers calls it for decoding passes."""
 
-    def __init__(self, model: Llama, cuts: list[int]):
+    def __init__(self, model: Llama, cuts: list[int], widened: bool):
         self.cuts = cuts
         self.graphs = {}
         for rows in (1, 2):  # a single row, or several
             inputs = (torch.zeros(rows, model.config.dim, dtype=model.dtype, device=model.device), *(x.clone() for x in model.rotary(0, rows)))
             for first, last in pairwise(cuts):
-                self.graphs[first, rows == 1] = Piece(model.model.layers[first:last], first).graph(*inputs)
+                self.graphs[first, rows == 1] = Piece(model.model.layers[first:last], first, widened).graph(*inputs)
 
     def __call__(self, h: Tensor, cos: Tensor, sin: Tensor, first: int, last: int, attention: CachedAttention, seen: dict | None = None) -> Tensor:
         """Llama.run_layers on rows h (T, dim). ValueError where the pass begins or ends inside a piece."""
@@ -169,11 +187,12 @@ def compile_passes(model: Llama, exits: Iterable[int] = ()) -> Llama:
     for product in products:
         product.number = max(_products, default=-1) + 1
         _products[product.number] = product
-    for product in (*products, model.head):
-        if product.plain is not None and product.dtype == torch.bfloat16 and model.device.type == "cpu":
-            if product.shape[0] % 4 == 0 and product.shape[1] % 32 == 0 and row_products():
-                product.take(widened_product, product.plain)
-    model.compiled = Pieces(model, sorted({0, *exits, c.n_layers}))
+    plain = [p for p in (*products, model.head) if p.plain is not None and p.dtype == torch.bfloat16 and model.device.type == "cpu"]
+    for product in plain:
+        if product.shape[0] % 4 == 0 and product.shape[1] % 32 == 0 and loops():
+            product.take(widened_product, product.plain)
+    widened = bool(plain) and c.head_dim in (64, 128) and loops() is not None
+    model.compiled = Pieces(model, sorted({0, *exits, c.n_layers}), widened)
     x = torch.randn(MAX_ROWS, c.dim, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
     cache = KVQCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, MAX_ROWS, 1, model.dtype, model.device)
     whole = model.run_layers(x, 0, c.n_layers, cache)

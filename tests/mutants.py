@@ -20,6 +20,7 @@ BUDGET = "test_exactness.py::test_a_round_never_emits_past_the_budget_the_contex
 KANGAROO = "test_drafters.py::test_an_adapter_that_adds_nothing_drafts_what_the_exit_drafts"
 TWO = "test_drafters.py::test_a_draft_model_that_is_the_model_is_always_right"
 COMPILED = "test_compiled.py::test_compiled_tokens_and_logits_are_bitwise_the_compiled_full_models"
+ATTENTION = "test_compiled.py::test_widened_attention_is_attention_whose_rows_do_not_meet"
 WIDENED = "test_compiled.py::test_widened_products_are_products_whose_rows_do_not_meet"
 AUTO_COMPILED = "test_compiled.py::test_exit_auto_finds_its_exits_compiled"
 JUDGE = "test_drafters.py::test_exit_auto_judges_exits_by_what_was_verified"
@@ -47,8 +48,9 @@ MUTANTS = [
     ("a draft model remembers rejected tokens", "drafters.py", "self.own.rewind(same)", "self.own.rewind(self.own.length)", TWO),
     ("an exit is judged by the next position", "drafters.py", "len(tokens) + row) == token)\n", "len(tokens) + row + 1) == token)\n", JUDGE),
     ("compiled attention of another layer", "compiled.py", "k, v, index), q.shape[1])", "k, v, first), q.shape[1])", COMPILED),
-    ("sums of several places out of order", "products.cpp", "y[row * out + i + place * part]", "y[row * out + i * PLACES + place]", WIDENED),
-    ("a row that sums part of the first row", "products.cpp", "load<Floats>(x + row * in + j + 8 * k)", "load<Floats>(x + (k ? row : 0) * in + j + 8 * k)", WIDENED),
+    ("sums of several places out of order", "widened.cpp", "y[row * out + i + place * part]", "y[row * out + i * PLACES + place]", WIDENED),
+    ("rows that see what follows them", "widened.cpp", "start + task / groups + 1", "start + rows", ATTENTION),
+    ("a row that sums part of the first row", "widened.cpp", "load<Floats>(x + row * in + j + 8 * k)", "load<Floats>(x + (k ? row : 0) * in + j + 8 * k)", WIDENED),
     ("an exit is seen a piece late", "compiled.py", "if seen and end in seen:", "if seen and start in seen:", AUTO_COMPILED),
     ("views of an earlier length", "cache.py", "if rows not in self.shared or self.shared[rows][0] != end:", "if rows not in self.shared:", CACHE),
     ("what a drafter left is trusted when it left nothing", "drafters.py", "tokens[-1], limit, pick), 0\n\n    def run", "tokens[-1], limit, pick), 1\n\n    def run", EXACT),

@@ -1,18 +1,22 @@
 """Compiled decoding: the same bits, drafted or not."""
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers import reference_decode, tiny_config, tiny_model
 
 import compiled
 import model as model_module
-from compiled import ROWS, compile_passes, widened_product
+from cache import KVQCache
+from compiled import ROWS, compile_passes, widened_attention, widened_product
 from decode import Sampling, generate
 from drafters import AutoExit, PromptLookup
-from model import Layer, RowLinear, linear_product
+from model import CachedAttention, Layer, RowLinear, linear_product
 
 SHAPES = {  # tails of vectors, one and several key/value heads, heads that share them
-    "ragged": dict(dim=64, hidden_dim=34, n_heads=6, n_kv_heads=3, head_dim=6, max_len=150),
+    "ragged": dict(dim=64, hidden_dim=34, n_heads=6, n_kv_heads=3, head_dim=64, max_len=150),
     "even": dict(dim=52, hidden_dim=96, n_heads=3, n_kv_heads=1, head_dim=64, max_len=150),
 }
 
@@ -25,7 +29,7 @@ def test_compiled_tokens_and_logits_are_bitwise_the_compiled_full_models(shape, 
     eager, _, _ = reference_decode(model.pack(), [3, 1, 4], 100, Sampling(), ())
     compile_passes(model, [2])
     ways = [(p.shape, p.way) for p in (model.model.layers[0].self_attn.qkv, model.model.layers[0].mlp.down)]
-    assert ways == [((72, 64), widened_product), ((64, 34), linear_product)] or dtype != torch.bfloat16
+    assert ways == [((768, 64), widened_product), ((64, 34), linear_product)] or dtype != torch.bfloat16
     monkeypatch.setattr(Layer, "forward", None)  # from here on nothing but the graphs can run
     found = set()
     for sampling in (Sampling(), Sampling(0.8, seed=3)):
@@ -51,6 +55,30 @@ def test_widened_products_are_products_whose_rows_do_not_meet():
     for rows in range(1, ROWS + 1):
         assert torch.equal(product(x[5 : 5 + rows]), whole[5 : 5 + rows]), rows
         assert torch.equal(product(torch.cat((x, x), 1)[:rows, 96:]), whole[:rows]), "a view"
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_widened_attention_is_attention_whose_rows_do_not_meet(size):
+    q, k, v = (torch.randn(5, heads, size).bfloat16() for heads in (6, 2, 2))
+    found = []
+    for parts in ([0, 5], [0, 1, 2, 3, 4, 5]):
+        torch.manual_seed(1)
+        cache = KVQCache(3, 2, size, 8, 150, 1, torch.bfloat16)
+        for kept in (cache.keys, cache.values):
+            kept.normal_()
+            kept[:, :, 102:] = math.nan  # nobody looks ahead
+        outputs = []
+        for first, last in pairwise(parts):
+            compiled._attention[:] = [CachedAttention(cache, 97 + first, last - first, torch.bfloat16, True)]
+            outputs.append(widened_attention(*(x[first:last] for x in (q, k, v)), 1))
+        compiled._attention.clear()
+        found.append(torch.cat(outputs))
+        assert torch.equal(cache.keys[1, :, 97:102], k.transpose(0, 1)) and torch.equal(cache.values[1, :, 97:102], v.transpose(0, 1))
+    keys, values = (x[1, :, :102].double().repeat_interleave(3, 0) for x in (cache.keys, cache.values))
+    ahead = torch.arange(102) > torch.arange(97, 102)[:, None]
+    weights = (q.double().transpose(0, 1) @ keys.transpose(1, 2) / size**0.5).masked_fill(ahead, -math.inf).softmax(-1)
+    torch.testing.assert_close(found[0].double(), (weights @ values).transpose(0, 1), rtol=2**-8, atol=1e-5)
+    assert torch.equal(*found)
 
 
 def test_exit_auto_finds_its_exits_compiled(monkeypatch):
