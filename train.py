@@ -169,13 +169,13 @@ def run_with_dropout(layer: Callable[..., Tensor], h: Tensor, cos: Tensor, sin: 
     return y if index is None else h.index_copy(0, index, y)
 
 
-def train_attention(q: Tensor, k: Tensor, v: Tensor, blocks: int = 8) -> Tensor:
+def train_attention(q: Tensor, k: Tensor, v: Tensor, smallest: int = 64) -> Tensor:
     """Causal attention q (B, T, H, hd), k and v (B, T, Hkv, hd) -> (B, T, H, hd), as plain matrix products.
 
     At training lengths the products of a CPU are faster than its fused attention, and a block of queries leaves out the keys
-    after it: with eight blocks 9/16 of the products are left. A training step of the shipped shape, compiled, in float32 on two
-    Zen 3 cores: 3.47 s with one block, 3.05 with two, 2.94 with four; with the mask added, not filled in, 7% less, and with
-    eight blocks 2% less again. Elsewhere the fused one wins.
+    after it: with eight blocks, of `smallest` queries or more, 9/16 of the products are left. A training step of the shipped
+    shape, compiled, in float32 on two Zen 3 cores: 3.47 s with one block, 3.05 with two, 2.94 with four; with the mask added,
+    not filled in, 7% less, and with eight blocks 2% less again. Elsewhere the fused one wins.
     """
     if q.device.type != "cpu":
         return batch_attention(q, k, v)
@@ -184,7 +184,7 @@ def train_attention(q: Tensor, k: Tensor, v: Tensor, blocks: int = 8) -> Tensor:
     q, k, v = q.transpose(1, 2).unflatten(1, (-1, shared)) * head_dim**-0.5, k.permute(0, 2, 3, 1), v.transpose(1, 2)
     places = torch.arange(length, dtype=torch.float32, device=q.device)  # compared in whole vectors; integers take 2.5 times the softmax's time
     out = []
-    size = -(-length // blocks)
+    size = max(smallest, -(-length // 8))
     for first in range(0, length, size):
         last = min(first + size, length)
         scores = (q[:, :, :, first:last].flatten(2, 3) @ k[..., :last]).unflatten(2, (shared, last - first))

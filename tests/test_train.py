@@ -203,7 +203,8 @@ def test_activation_checkpointing_changes_no_gradient():
 @pytest.mark.parametrize("n_heads, n_kv_heads", [(4, 4), (4, 2), (3, 1)])
 def test_training_attention_is_the_models(n_heads, n_kv_heads):
     q, k, v = torch.randn(2, 10, n_heads, 8), torch.randn(2, 10, n_kv_heads, 8), torch.randn(2, 10, n_kv_heads, 8)
-    assert torch.allclose(train.train_attention(q, k, v), train.batch_attention(q, k, v), atol=1e-5)
+    for smallest in (1, 3, 64):  # blocks of 2, of 3 and one, and a single block
+        assert torch.allclose(train.train_attention(q, k, v, smallest), train.batch_attention(q, k, v), atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------- data
