@@ -154,7 +154,7 @@ def test_a_compiled_run_that_is_stopped_ends_with_the_same_bits(whole, tmp_path)
     finish(start(one, whole[1], **compiled))
     while not list(other.glob(f"state-{STEPS:08d}")):
         process, begun = start(other, whole[1], **compiled), len(losses(other)) if (other / "metrics.jsonl").exists() else 0
-        wait_for(lambda: (other / "metrics.jsonl").exists() and (other / "metrics.jsonl").read_text().count("losses") > begun + 8, process, 120)
+        wait_for(lambda: (other / "metrics.jsonl").exists() and (other / "metrics.jsonl").read_text().count("losses") > begun + 12, process, 120)
         with suppress(ProcessLookupError):  # it may have come to its end
             os.kill(process.pid, signal.SIGINT)
         process.join(120)
