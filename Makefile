@@ -1,8 +1,6 @@
 # Everything from a bare clone: `make demo`, `make test`. Each makes the virtual environment when it is not there yet.
 PYTHON ?= python3
 RUN := .venv/bin/python
-# Python compiles what is imported, when it is
-INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo lint test parity mutants soak twins gpu clean
 
@@ -10,7 +8,7 @@ demo: .venv/ready        ## a streamed completion, and the proof that it is the 
 	$(RUN) decode.py --compare
 
 lint: .venv/ready        ## types and style, by settings in pyproject.toml
-	$(INSTALL) mypy==2.4.1 ruff==0.17.5
+	$(RUN) -m pip install --quiet --disable-pip-version-check mypy==2.4.1 ruff==0.17.5
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
@@ -19,7 +17,7 @@ test: .venv/ready        ## the whole test suite; EXAMPLES=2000 makes the proper
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests -m "not threads" -n auto --dist worksteal
 
 parity: .venv/ready      ## logits, greedy text and saved files against transformers, over 200 random configs
-	$(INSTALL) transformers==5.23.0
+	$(RUN) -m pip install --quiet --disable-pip-version-check transformers==5.23.0
 	$(RUN) tests/parity.py
 
 mutants: .venv/ready     ## plants faults in a copy of the code; each must turn its test red
@@ -41,7 +39,7 @@ BENCH = printf '\n`python bench.py %s`\n\n' "$$what"; $(RUN) bench.py $$what
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
 clean:
