@@ -5,8 +5,8 @@
 A pass is a run of those pieces: a draft is the first, a verification the second, plain decoding both, one after the other. So
 whoever drafts, a token goes through the same compiled code, and nothing is fused across the layer where a draft ends. In a
 graph, what is row-wise by nature (norms, rotation, SiLU, sums) is compiled, on one thread, so that no sum over a row is split;
-what holds rows apart in model.py, products and CachedAttention, is called from the graph as it is. Products in bfloat16 on a
-processor without instructions for it are those of widened.cpp.
+what holds rows apart in model.py, products and CachedAttention, is called from the graph as it is. In bfloat16 on a processor
+without instructions for it, products and attention are those of widened.cpp.
 
 The graphs are made by torch.export and compiled by TorchInductor: torch.compile's own machinery takes half a millisecond to
 find the graph for each call, a sixth of a small model's draft step.
