@@ -405,8 +405,6 @@ def exactness(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -
 
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
-
-
 ATTENTION = ((CachedAttention, "__init__"), (CachedAttention, "__call__"), (CachedAttention, "attend_rows"), (compiled, "widened_attention"))
 
 
