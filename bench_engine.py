@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from inspect import getclosurevars
 from typing import Any
 from unittest.mock import patch
 
@@ -312,14 +313,24 @@ class Damped:
 
     def __init__(self, model: Llama, exit_layer: int, pack: Callable[[Llama], Llama]):
         late = model.model.layers[exit_layer:]
-        weights = [w.detach() for layer in late for w in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight)]
+        weights = [w.detach().clone() for layer in late for w in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight)]
         self.model = pack(model)
         self.late = list(zip((p for layer in late for p in (layer.self_attn.out, layer.mlp.down)), weights))
 
     def damp(self, damping: float) -> None:
         """Sets the damping, whatever it was."""
         for product, weight in self.late:  # packed anew, so that a damped product costs what any product costs
-            product.product = product.way(weight * damping)
+            damped = product.way(weight * damping)
+            if product.open:  # compiled code has looked into it, and holds its weight
+                for held, new in zip(tensors_of(product.product), tensors_of(damped)):
+                    held.copy_(new)
+            else:
+                product.product = damped
+
+
+def tensors_of(function: Callable) -> list[Tensor]:
+    """The tensors (of any shape) that a function made in another holds."""
+    return [value for value in getclosurevars(function).nonlocals.values() if isinstance(value, Tensor)]
 
 
 def ideal(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
@@ -405,38 +416,69 @@ def exactness(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -
 
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
-ATTENTION = ((CachedAttention, "__init__"), (CachedAttention, "__call__"), (CachedAttention, "attend_rows"), (compiled, "widened_attention"))
+INNER = ((CachedAttention, "attend_rows"), (compiled, "attend_widened"))  # of these, one is called in each layer
+ATTENTION = ((CachedAttention, "__init__"), (CachedAttention, "__call__"), *INNER)
+
+
+@contextmanager
+def pausing(seconds: float) -> Iterator[None]:
+    """After each layer's attention the caller waits, busy with nothing, and the processor's other core idles."""
+
+    def paused(attend: Callable) -> Callable:
+        def call(*given):
+            mixed, until = attend(*given), time.perf_counter() + seconds
+            while time.perf_counter() < until:
+                pass
+            return mixed
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name in INNER:
+            stack.enter_context(patch.object(owner, name, paused(getattr(owner, name))))
+        yield
 
 
 def scale(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> dict:
     """Milliseconds of a plain step as the context grows, attention apart from the rest; as the model grows; and of a full pass
-    as its rows grow."""
+    as its rows grow.
+
+    The rest of a step may take longer behind a longer attention for no other reason than that time passes: what it had in the
+    processor's caches has gone. So a step at the shortest context is also timed with pauses as long as the longest one's attention.
+    """
     args.shape, report = args.shape or [shape for shape in SHAPES if shape != "8b"], {}
     tables: tuple[list, list, list] = ([], [], [])
     for name, model, _ in targets(args):
         c, size = model.config, model.dtype.itemsize
         steps = {context: passes(model, context, 1, 1)["plain"] for context in CONTEXTS}
-        parts: dict[int, list] = {context: [] for context in CONTEXTS}
+        parts: dict[int | str, list] = defaultdict(list)
+
+        def timed(plain: Callable) -> list[float]:
+            """Seconds of attention and of the rest of a plain step."""
+            clock = Clock()
+            with clock.patched(*((*part, "attention") for part in ATTENTION)), torch.inference_mode():
+                clock.timed("rest", plain)()
+            return [clock.seconds[None, phase] for phase in ("attention", "rest")]
+
         for turn in range(args.runs + 1):  # in turns: a machine that slows down slows all of them
             for done, (context, plain) in enumerate(steps.items()):
                 progress(f"{bar(turn * len(steps) + done, (args.runs + 1) * len(steps))} {name}, context {context}")
-                clock = Clock()
-                with clock.patched(*((*part, "attention") for part in ATTENTION)), torch.inference_mode():
-                    clock.timed("rest", plain)()
-                parts[context].append([clock.seconds[None, phase] for phase in ("attention", "rest")])
+                parts[context].append(timed(plain))
+            with pausing((parts[CONTEXTS[-1]][-1][0] - parts[CONTEXTS[0]][-1][0]) / c.n_layers):
+                parts["paused"].append(timed(steps[CONTEXTS[0]]))
         found = {context: [statistics.median(v) for v in zip(*taken[1:])] for context, taken in parts.items()}
         progress(f"{name}, rows")
         rows = median_seconds({n: passes(model, 128, 0, n - 1)["verify"] for n in ROWS}, args.runs)
         progress("")
         report[name] = {"context": found, "rows": rows}
         count, read = layer_bytes(c, c.n_layers, 1) + head_bytes(c, 1), pass_bytes(c, c.n_layers, 129, size)
-        longest, shortest = found[CONTEXTS[-1]][1], found[CONTEXTS[0]][1]
-        tables[0].append([name, *(f"{1e3 * a:.2f} + {1e3 * b:.2f}" for a, b in found.values()), f"{longest / shortest - 1:+.0%}"])
+        longest, shortest, paused = (found[context][1] for context in (CONTEXTS[-1], CONTEXTS[0], "paused"))
+        tables[0].append([name, *(f"{1e3 * a:.2f} + {1e3 * b:.2f}" for a, b in found.values()), f"{longest / shortest - 1:+.0%}", f"{longest / paused - 1:+.0%}"])
         tables[1].append([name, f"{count / 1e6:.0f}M", f"{read / 1e6:.0f}", f"{1e3 * sum(found[128]):.2f}", f"{read / sum(found[128]) / 1e9:.1f}"])
         tables[2].append([name, *(f"{s / rows[1]:.2f}" for s in rows.values())])
         del model, plain, steps
     print(f"{dtype_of(args)}{', compiled' if args.compile else ''}, {torch.get_num_threads()} threads, medians of {args.runs} turns\n\nms of a plain step by context: attention (with its mask and the cache's writing) + the rest\n")
-    table(["model", *map(str, CONTEXTS), f"the rest, {CONTEXTS[-1]} against {CONTEXTS[0]}"], tables[0])
+    table(["model", *map(str, CONTEXTS), f"{CONTEXTS[0]}, with pauses", f"the rest, {CONTEXTS[-1]} against {CONTEXTS[0]}", "against pauses"], tables[0])
     print("\na plain step at 128 positions by size\n")
     table(["model", "parameters", "MB to read", "ms", "GB/s"], tables[1])
     print("\na pass through all layers at 128 positions by rows, in passes of one row\n")

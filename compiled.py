@@ -12,7 +12,6 @@ The graphs are made by torch.export and compiled by TorchInductor: torch.compile
 find the graph for each call, a sixth of a small model's draft step.
 """
 
-import ctypes
 import os
 import shlex
 import shutil
@@ -20,7 +19,6 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
-from ctypes import c_long, c_void_p
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -49,58 +47,43 @@ _library.define("attend_rows(Tensor q, Tensor k, Tensor v, int layer) -> Tensor"
 _library.impl("attend_rows", lambda q, k, v, layer: _attention[-1].attend_rows(layer, q, k, v).contiguous(), "CompositeExplicitAutograd")
 _library.impl("attend_rows", lambda q, k, v, layer: q.new_empty(q.shape), "Meta")
 _library.define("attend_widened(Tensor q, Tensor k, Tensor v, int layer) -> Tensor")
-_library.impl("attend_widened", lambda *inputs: widened_attention(*inputs), "CPU")
+_library.impl("attend_widened", lambda *inputs: attend_widened(*inputs), "CPU")
 _library.impl("attend_widened", lambda q, k, v, layer: q.new_empty(q.shape), "Meta")
+_library.define("widened_product(Tensor x, Tensor weight) -> Tensor")  # these two are widened.cpp's
+_library.impl("widened_product", lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]), "Meta")
+_library.define("widened_attention(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, int layer, int start) -> Tensor")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Products and attention in bfloat16 on a processor without instructions for it
 
-ROWS = 8  # that widened.cpp multiplies at once
-
 
 @cache
-def loops() -> ctypes.CDLL | None:
-    """widened.cpp, compiled for this processor: functions of sizes and addresses; None where the compiler cannot."""
-    source = Path(__file__).with_name("widened.cpp")
+def has_widened() -> bool:
+    """Compiles widened.cpp for this processor and loads its operations; False where the compiler cannot."""
+    source, torch_at = Path(__file__).with_name("widened.cpp"), Path(torch.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         library = str(Path(folder, "widened.so"))
-        compiler = shlex.split(os.environ.get("CXX") or "c++")
-        if subprocess.run([*compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", str(source), "-o", library], capture_output=True).returncode:
-            return None
-        found = ctypes.CDLL(library)
-    found.row_products.argtypes, found.row_products.restype = [c_long, c_void_p, c_void_p, c_void_p, c_long, c_long], None
-    found.row_attention.argtypes, found.row_attention.restype = [c_long] * 6 + [c_void_p] * 6, None
-    return found
+        compiler = [*shlex.split(os.environ.get("CXX") or "c++"), "-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        links = [f"-I{torch_at / 'include'}", f"-L{torch_at / 'lib'}", "-ltorch_cpu"]
+        if subprocess.run([*compiler, str(source), "-o", library, *links], capture_output=True).returncode:
+            return False
+        torch.ops.load_library(library)
+    return True
 
 
 def widened_product(weight: Tensor) -> Product:
     """x -> x W^T for a bfloat16 weight (out, in) where the processor has no instruction for it and PyTorch's kernel, which widens every
     weight for every row, takes its time. A plain step of Llama 3.2 1B's shape on a Zen 3 pair: 162 ms not compiled, with that kernel; compiled, 98 with
     sums that TorchInductor writes and 95 with this loop; twelve layers and the head with five rows, 537, 192 and 128."""
-    out_features, in_features = weight.shape
-    found = loops()
-    assert found, "widened.cpp was not compiled"
-    multiply = found.row_products
-
-    def product(x: Tensor) -> Tensor:
-        if x.dim() > 2 or len(x) > ROWS:
-            return torch.cat([product(piece) for piece in x.flatten(0, -2).split(ROWS)]).view(*x.shape[:-1], -1)
-        x, y = x.contiguous(), x.new_empty(len(x), out_features)
-        multiply(len(x), x.data_ptr(), weight.data_ptr(), y.data_ptr(), in_features, out_features)
-        return y
-
-    return product
+    multiply = torch.ops.layerskip.widened_product.default
+    return lambda x: multiply(x.flatten(0, -2).contiguous(), weight).unflatten(0, x.shape[:-1])
 
 
-def widened_attention(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+def attend_widened(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
     """CachedAttention of the running pass for bfloat16 rows: q (T, H, hd), k and v (T, Hkv, hd) -> (T, H, hd), where hd is 64 or 128.
     Llama 3.2 1B's heads on a Zen 3 pair, 128 and 8,192 positions: a row takes 232 and 3,877 us with PyTorch's attention, 68 and 2,771 with this."""
-    found, cache, start = loops(), _attention[-1].cache, _attention[-1].start
-    assert found, "widened.cpp was not compiled"
-    q, k, v, y = q.contiguous(), k.contiguous(), v.contiguous(), torch.empty_like(q)
-    keys, values = (x.data_ptr() + layer * (x.nbytes // len(x)) for x in (cache.keys, cache.values))
-    found.row_attention(*q.shape[:2], *k.shape[1:], start, cache.max_len, *(x.data_ptr() for x in (q, k, v)), keys, values, y.data_ptr())
-    return y
+    cache, start = _attention[-1].cache, _attention[-1].start
+    return torch.ops.layerskip.widened_attention(q.contiguous(), k.contiguous(), v.contiguous(), cache.keys, cache.values, layer, start)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,9 +172,10 @@ def compile_passes(model: Llama, exits: Iterable[int] = ()) -> Llama:
         _products[product.number] = product
     plain = [p for p in (*products, model.head) if p.plain is not None and p.dtype == torch.bfloat16 and model.device.type == "cpu"]
     for product in plain:
-        if product.shape[0] % 4 == 0 and product.shape[1] % 32 == 0 and loops():
+        if product.shape[0] % 4 == 0 and product.shape[1] % 32 == 0 and has_widened():
             product.take(widened_product, product.plain)
-    widened = bool(plain) and c.head_dim in (64, 128) and loops() is not None
+            product.open = True
+    widened = bool(plain) and c.head_dim in (64, 128) and has_widened()
     model.compiled = Pieces(model, sorted({0, *exits, c.n_layers}), widened)
     x = torch.randn(MAX_ROWS, c.dim, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
     cache = KVQCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, MAX_ROWS, 1, model.dtype, model.device)

@@ -1,4 +1,4 @@
-// Products and attention in bfloat16 for processors without instructions for it; compiled.py builds and calls this.
+// Products and attention in bfloat16 for processors without instructions for it, as operations of PyTorch; compiled.py builds this.
 //
 // A weight is read and widened once for all rows of a pass, and every sum keeps an order of its own: 8 partial sums, each over every
 // 8th term, then these one after the other. So a row has the same bits however many rows there are.
@@ -8,6 +8,12 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+using torch::stable::Tensor;
 
 typedef float Floats __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(32)));
@@ -24,6 +30,8 @@ static inline void store(float* to, Floats vector) { memcpy(to, &vector, sizeof 
 // Eight bfloat16 numbers as float32: their bits are the upper half.
 static inline Floats widen(const uint16_t* from) { return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16); }
 
+static inline uint16_t* numbers(const Tensor& x) { return (uint16_t*)x.data_ptr(); }  // of a contiguous tensor
+
 // The nearest bfloat16 number, of two as near the even one.
 static inline uint16_t narrow(float number) {
     uint32_t bits;
@@ -33,9 +41,10 @@ static inline uint16_t narrow(float number) {
 
 // x (ROWS, in) times the weight (out, in) -> y (ROWS, out). A thread reads the weight in PLACES places at once, as many as leave the sums in
 // registers, so that x is read once for all of them; and asks for what it will need 2 kB before it does: memory is slow to begin and quick to go on.
+// Threads take what is left in ever smaller pieces: where one is held up the other does more (2% of a product).
 template <int ROWS, int PLACES> static void product(const float* x, const uint16_t* weight, uint16_t* y, long in, long out) {
     const long part = out / PLACES;
-#pragma omp parallel for
+#pragma omp parallel for schedule(guided, 16)
     for (long i = 0; i < part; i++) {
         Floats sums[PLACES][ROWS] = {};
         for (long j = 0; j < in; j += 32)
@@ -56,14 +65,18 @@ template <int ROWS, int PLACES> static void product(const float* x, const uint16
     }
 }
 
-// For 1 to 8 rows; in divides by 32 and out by 4.
-extern "C" void row_products(long rows, const uint16_t* x, const uint16_t* weight, uint16_t* y, long in, long out) {
+// x (rows, in) times the weight (out, in) -> (rows, out), 8 rows at a time; in divides by 32 and out by 4.
+static Tensor widened_product(Tensor x, Tensor weight) {
     static void (*const kinds[])(const float*, const uint16_t*, uint16_t*, long, long) = {
         product<1, 4>, product<2, 4>, product<3, 2>, product<4, 2>, product<5, 2>, product<6, 2>, product<7, 2>, product<8, 1>};
     static thread_local std::vector<float> wide;  // kept: memory that is asked for after a weight has passed through the caches is slow to come
+    const long rows = x.size(0), in = x.size(1), out = weight.size(0);
+    Tensor y = torch::stable::new_empty(x, {rows, out});
     wide.resize(rows * in);
-    for (long i = 0; i < rows * in; i += 8) store(&wide[i], widen(x + i));
-    kinds[rows - 1](wide.data(), weight, y, in, out);
+    for (long i = 0; i < rows * in; i += 8) store(&wide[i], widen(numbers(x) + i));
+    for (long row = 0; row < rows; row += 8)
+        kinds[std::min(rows - row, 8L) - 1](&wide[row * in], numbers(weight), numbers(y) + row * out, in, out);
+    return y;
 }
 
 // Attention of queries q (rows, groups, shared, SIZE) at positions start, start + 1, ... -> y, the same shape, over keys and values of a layer of the
@@ -108,14 +121,22 @@ static void attention(long rows, long groups, long shared, long start, long leng
     }
 }
 
-// The same for heads of 64 or 128 numbers, after keys k and values v (rows, groups, size) are written to the cache.
-extern "C" void row_attention(long rows, long heads, long groups, long size, long start, long length, const uint16_t* q, const uint16_t* k, const uint16_t* v,
-                              uint16_t* keys, uint16_t* values, uint16_t* y) {
+// The same for heads of 64 or 128 numbers, after keys k and values v (rows, groups, size) are written to keys and values (layers, groups, length, size).
+static Tensor widened_attention(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, int64_t layer, int64_t start) {
+    const long rows = k.size(0), groups = k.size(1), size = k.size(2), length = keys.size(2), first = layer * groups * length * size;
     for (long row = 0; row < rows; row++)
         for (long group = 0; group < groups; group++) {
-            const long from = (row * groups + group) * size, to = (group * length + start + row) * size;
-            memcpy(keys + to, k + from, size * sizeof *k);
-            memcpy(values + to, v + from, size * sizeof *v);
+            const long from = (row * groups + group) * size, to = first + (group * length + start + row) * size;
+            memcpy(numbers(keys) + to, numbers(k) + from, size * sizeof(uint16_t));
+            memcpy(numbers(values) + to, numbers(v) + from, size * sizeof(uint16_t));
         }
-    (size == 64 ? attention<64> : attention<128>)(rows, groups, heads / groups, start, length, q, keys, values, y);
+    Tensor y = torch::stable::empty_like(q);
+    const auto attend = size == 64 ? attention<64> : attention<128>;
+    attend(rows, groups, q.size(1) / groups, start, length, numbers(q), numbers(keys) + first, numbers(values) + first, numbers(y));
+    return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(layerskip, CPU, m) {
+    m.impl("widened_product", TORCH_BOX(&widened_product));
+    m.impl("widened_attention", TORCH_BOX(&widened_attention));
 }

@@ -10,7 +10,7 @@ from helpers import reference_decode, tiny_config, tiny_model
 import compiled
 import model as model_module
 from cache import KVQCache
-from compiled import ROWS, compile_passes, widened_attention, widened_product
+from compiled import attend_widened, compile_passes, has_widened, widened_product
 from decode import Sampling, generate
 from drafters import AutoExit, PromptLookup
 from model import CachedAttention, Layer, RowLinear, linear_product
@@ -47,18 +47,20 @@ def test_compiled_tokens_and_logits_are_bitwise_the_compiled_full_models(shape, 
 
 
 def test_widened_products_are_products_whose_rows_do_not_meet():
+    assert has_widened()
     weight = torch.randn(20, 96).bfloat16()
-    product, x = widened_product(weight), torch.randn(3 * ROWS + 1, 96).bfloat16()
+    product, x = widened_product(weight), torch.randn(25, 96).bfloat16()
     whole = product(x)
     torch.testing.assert_close(whole, x @ weight.T, rtol=2**-7, atol=1e-2)
     assert torch.equal(product(x[:24].view(4, 6, 96)), whole[:24].view(4, 6, 20))
-    for rows in range(1, ROWS + 1):
+    for rows in range(1, 10):
         assert torch.equal(product(x[5 : 5 + rows]), whole[5 : 5 + rows]), rows
         assert torch.equal(product(torch.cat((x, x), 1)[:rows, 96:]), whole[:rows]), "a view"
 
 
 @pytest.mark.parametrize("size", [64, 128])
 def test_widened_attention_is_attention_whose_rows_do_not_meet(size):
+    assert has_widened()
     q, k, v = (torch.randn(5, heads, size).bfloat16() for heads in (6, 2, 2))
     found = []
     for parts in ([0, 5], [0, 1, 2, 3, 4, 5]):
@@ -70,7 +72,7 @@ def test_widened_attention_is_attention_whose_rows_do_not_meet(size):
         outputs = []
         for first, last in pairwise(parts):
             compiled._attention[:] = [CachedAttention(cache, 97 + first, last - first, torch.bfloat16, True)]
-            outputs.append(widened_attention(*(x[first:last] for x in (q, k, v)), 1))
+            outputs.append(attend_widened(*(x[first:last] for x in (q, k, v)), 1))
         compiled._attention.clear()
         found.append(torch.cat(outputs))
         assert torch.equal(cache.keys[1, :, 97:102], k.transpose(0, 1)) and torch.equal(cache.values[1, :, 97:102], v.transpose(0, 1))
