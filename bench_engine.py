@@ -329,7 +329,7 @@ class Damped:
 
 
 def tensors_of(function: Callable) -> list[Tensor]:
-    """The tensors (of any shape) that a function made in another holds."""
+    """The tensors, each (...), that a function made in another holds."""
     return [value for value in getclosurevars(function).nonlocals.values() if isinstance(value, Tensor)]
 
 
