@@ -66,7 +66,7 @@ NOT_RUN = {  # pattern of commands: why
     "python bench.py roofline --shape 1b *": "needs 2.5 GB, and compiles; test_bench.py makes that table of a small shape",
     "python bench.py ideal --dtype bfloat16 *": "the same",
     "python tests/load_1b.py": "writes 2.5 GB",
-    "python decode.py --compile --compare": "compiles 24 layers for half a minute; test_cli.py compiles four",
+    "python decode.py --compile --compare": "compiles 24 layers for a minute; test_cli.py compiles four",
     "make demo": "installs; what it shows is decode.py --compare",
     "make test": "runs this",
     "make parity": "needs transformers; runs in CI",
