@@ -443,8 +443,8 @@ def scale(args: Namespace, tokenizer: Tokenizer, prompts: list[list[int]]) -> di
     """Milliseconds of a plain step as the context grows, attention apart from the rest; as the model grows; and of a full pass
     as its rows grow.
 
-    The rest of a step may take longer behind a longer attention for no other reason than that time passes: what it had in the
-    processor's caches has gone. So a step at the shortest context is also timed with pauses as long as the longest one's attention.
+    The rest of a step may take longer behind a longer attention for no other reason than that time passes: presumably what it
+    had in the processor's caches has gone. So a step at the shortest context is also timed with pauses as long as the longest one's attention.
     """
     args.shape, report = args.shape or [shape for shape in SHAPES if shape != "8b"], {}
     tables: tuple[list, list, list] = ([], [], [])

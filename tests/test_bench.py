@@ -11,7 +11,7 @@ from helpers import tiny_config, tiny_model
 import bench
 import bench_engine
 from decode import Round, Run, new_cache
-from model import Config, Llama
+from model import Config, Llama, linear_product
 from tokenizer import Tokenizer
 
 
@@ -172,6 +172,26 @@ def test_the_clock_gives_each_phase_its_own_time(monkeypatch):
     assert clock.seconds == {("draft", "out"): 1, ("draft", "in"): 4, (None, "in"): 2}
     assert clock.calls == {("draft", "out"): 1, ("draft", "in"): 2, (None, "in"): 1}
     assert Parts.outer is before
+
+
+def test_damping_reaches_a_graph_that_holds_a_products_weight():
+    damped = bench_engine.Damped(tiny_model(tiny_config()), 1, lambda model: model.pack())
+    for product, weight in damped.late:
+        product.take(linear_product, weight.clone(), exact=False)
+    product, weight = damped.late[-1]
+    held, x = product.product, torch.randn(3, weight.shape[1])
+    for damping in (0.5, 2.0):
+        damped.damp(damping)
+        assert torch.equal(held(x), x @ (weight * damping).T)
+
+
+def test_a_pause_follows_each_attention(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(bench_engine.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(bench_engine.compiled, "attend_widened", lambda *given: given)
+    with bench_engine.pausing(5):
+        assert bench_engine.compiled.attend_widened(1, 2) == (1, 2) and next(now) == 6
+    assert bench_engine.compiled.attend_widened(1, 2) == (1, 2) and next(now) == 7
 
 
 @pytest.mark.parametrize("what", ["roofline", "ideal --alphas 0.8 --prompts 1 --tokens 24", "exactness --prompts 1 --tokens 4", "scale", "profile --prompts 1 --tokens 8"])
