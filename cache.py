@@ -1,30 +1,33 @@
 """The KVQ cache: one store of keys, values and exit queries for drafting and verification.
 
-Draft and verifier are layers of the same model, so there is one key/value store, not two. The draft leaves in it K and V
-of layers [0, E), and the hidden state that enters layer E for each of its rows: the exit query. The verifier starts from
-those, so layers [0, E) never run twice for a token (LayerSkip, arXiv 2404.16710, section 4.3).
+Draft and verifier are layers of the same model, so there is one key/value store, not two. The draft
+leaves in it K and V of layers [0, E), and the hidden state that enters layer E for each of its
+rows: the exit query. The verifier starts from those, so layers [0, E) never run twice for a token
+(LayerSkip, arXiv 2404.16710, section 4.3).
 
-Everything is allocated once. A rejected token is forgotten by not moving `length` past it: nothing is copied or
-concatenated, what lies beyond `length` is dead and will be overwritten.
+Everything is allocated once. A rejected token is forgotten by not moving `length` past it: nothing
+is copied or concatenated. What lies beyond `length` is dead and will be overwritten.
 
-                position   0 . . . . . . . . . . length . . . . . . . max_len
-    K, V  layer 0          [ live in all layers ][ draft rows of layers < E ]   dead
+               position   0 . . . . . . . . . . length . . . . . . . max_len
+    K, V  layer 0         [ live in all layers ][ draft rows of layers < E ]   dead
           ...
-          layer L-1        [ live in all layers ][ written by verification  ]   dead
-    Q     exit queries                           [ row 0 .. row draft_len ]
+          layer L-1       [ live in all layers ][ written by verification  ]   dead
+    Q     exit queries                          [ row 0 .. row draft_len   ]
 """
 
 import torch
 from torch import Tensor
 
-VIEW = 64  # attention reads the cache in views whose length is a multiple of this
+VIEW = 64  # exact.py reads the cache in views whose length is a multiple of this
 
 
 class KVQCache:
-    """Keys and values (n_layers, n_kv_heads, max_len, head_dim) and exit queries (draft_len + 1, dim).
+    """Keys and values (n_layers, n_kv_heads, max_len, head_dim), exit queries (draft_len + 1, dim).
 
-    Knows nothing of tokens or models. max_len is rounded up to a multiple of VIEW. `length` counts the positions whose keys and values are live in every layer.
-    nbytes = 2 * n_layers * max_len * n_kv_heads * head_dim * itemsize + (draft_len + 1) * dim * itemsize.
+    It knows nothing of tokens or models. `max_len` is rounded up to a multiple of VIEW.
+    `length` counts the positions whose keys and values are live in every layer.
+    Its bytes: 2 * n_layers * max_len * n_kv_heads * head_dim * itemsize
+    + (draft_len + 1) * dim * itemsize.
     """
 
     def __init__(
@@ -38,15 +41,15 @@ class KVQCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        max_len = self.view_len(max_len)
-        # Zeros, not empty: attention multiplies the dead part of a view by zero, and zero times NaN is NaN.
-        shape = (n_layers, n_kv_heads, max_len, head_dim)
+        self.max_len = self.view_len(max_len)
+        # Zeros, not empty: attention gives the dead part of a view weight 0, and 0 * NaN is NaN.
+        shape = (n_layers, n_kv_heads, self.max_len, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.queries = torch.zeros(draft_len + 1, dim, dtype=dtype, device=device)
-        self.by_position = [(k.transpose(0, 1), v.transpose(0, 1)) for k, v in zip(self.keys, self.values)]
-        self.shared: dict[int, tuple] = {}  # see share
-        self.max_len = max_len
+        # The same memory as (max_len, n_kv_heads, head_dim) per layer: a row is one position.
+        pairs = zip(self.keys, self.values)
+        self._rows = [(k.transpose(0, 1), v.transpose(0, 1)) for k, v in pairs]
         self.length = 0
 
     @property
@@ -54,42 +57,38 @@ class KVQCache:
         """Bytes of the three buffers."""
         return self.keys.nbytes + self.values.nbytes + self.queries.nbytes
 
-    def view_len(self, end: int) -> int:
+    @staticmethod
+    def view_len(end: int) -> int:
         """Length of the view that covers positions [0, end): a function of `end` alone."""
         return -(-end // VIEW) * VIEW
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
-        """Stores k and v (T, n_kv_heads, head_dim) of one layer at positions start..start+T-1, which must fit."""
-        keys, values = self.by_position[layer]
-        keys[start : start + k.shape[0]] = k
-        values[start : start + v.shape[0]] = v
+        """Stores k and v (T, n_kv_heads, head_dim) of one layer at positions start..start+T-1."""
+        keys, values = self._rows[layer]
+        keys[start : start + len(k)] = k
+        values[start : start + len(v)] = v
 
     def read(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (n_kv_heads, end, head_dim) of one layer at positions [0, end): views, not copies."""
+        """Keys and values (n_kv_heads, end, head_dim) of one layer at positions [0, end): views."""
         return self.keys[layer, :, :end], self.values[layer, :, :end]
-
-    def share(self, end: int, rows: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Keys and values (rows, n_kv_heads, end, head_dim) of each layer at positions [0, end), the same for every row: views.
-
-        Those of one `end` are kept for each number of rows: making them for every pass was a tenth of a small model's draft step.
-        """
-        if rows not in self.shared or self.shared[rows][0] != end:
-            keys, values = (x[:, None, :, :end].expand(-1, rows, -1, -1, -1).unbind() for x in (self.keys, self.values))
-            self.shared[rows] = end, keys, values
-        return self.shared[rows][1:]
 
     def put_query(self, row: int, query: Tensor) -> None:
         """Stores the exit query (dim,) of draft row `row`."""
         self.queries[row] = query
 
     def accept(self, rows: int) -> None:
-        """Makes the first `rows` rows after `length` live: they have been through every layer and stay. ValueError where they do not fit."""
+        """Makes the first `rows` rows after `length` live: they have been through every layer.
+
+        Rows beyond them stay dead: this is the rewind. Raises ValueError when they do not fit.
+        """
         if not 0 <= self.length + rows <= self.max_len:
-            raise ValueError(f"cannot accept {rows} rows after {self.length} of {self.max_len} positions")
+            raise ValueError(
+                f"cannot accept {rows} rows after {self.length} of {self.max_len} positions"
+            )
         self.length += rows
 
     def rewind(self, length: int) -> None:
-        """Forgets every position from `length` on, for a caller who goes back in the text; ValueError where it is not live."""
+        """Forgets every position from `length` on. Raises ValueError when it is not live."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: {self.length} positions are live")
         self.length = length

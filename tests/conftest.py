@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -17,16 +17,19 @@ settings.register_profile(
     max_examples=int(os.environ.get("EXAMPLES", 100)),
     suppress_health_check=list(HealthCheck),
 )
+# A failure is enough: it is not made smaller, which takes long.
+settings.register_profile("red", settings.get_profile("fixed"), phases=[Phase.generate])
 settings.load_profile("fixed")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "threads: exactness on all cores; runs alone, without other test processes beside it")
+    alone = "threads: exactness on all cores; runs alone, without other test processes beside it"
+    config.addinivalue_line("markers", alone)
     config.addinivalue_line("filterwarnings", "ignore:torch.distributed is disabled")
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first: of two processes, one should not end with them while the other has nothing left."""
+    """The longest first: of two processes, none should wait for the other's last."""
     items.sort(key=lambda item: item.path.name not in ("test_shipped.py", "test_compiled.py"))
 
 

@@ -1,19 +1,28 @@
-"""Fuzzing the loader: bytes flipped in, cut from and put into the files of valid checkpoint directories.
+"""Fuzzing what is read: wrong values in JSON, and damaged bytes, in valid directories.
 
-    python tests/fuzz.py            4,000 cases; exit code 1 on anything but a model or one clear line
+    python tests/fuzz.py               5,000 cases; exit code 1 if one ends as it must not
+    python tests/fuzz.py 1200 1300     cases 1200 to 1299 alone
 
-Every case loads the directory, its tokenizer and its generation settings, and runs a token through what loaded. It
-must end in a model or a ValueError of one line, within five seconds and 512 MB above the start.
+A case damages one file of a checkpoint, loads it and decodes a few tokens; or one of a stopped
+training run, and goes on with that. It must end in what was asked for or in an error of one clear
+line that a command shows, within five seconds of processor time and 512 MB above the start.
 """
 
 import collections
+import faulthandler
+import io
 import json
+import math
+import random
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -22,111 +31,247 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np
 import torch
 from helpers import tiny_config, tiny_model
-from safetensors.torch import load_file, save_file
-from test_loading import meta_config, write_meta
+from test_loading import meta_config, split_by_index, write_meta
+from test_tokenizer import byte_level, ours
 
-import data
-from decode import generation_defaults
-from model import load_checkpoint, save_checkpoint
-from tokenizer import Tokenizer
+import train
+from command import default_settings, load
+from decode import generate
+from model import save_checkpoint
+from runs import Run
+
+CASES = 5000
+HEADERS = ("model.safetensors", "state.safetensors")  # the files whose headers are gone through
+UNREAD = ("config.json", "model.safetensors", "generation_config.json")  # by a run that goes on
+NESTED: list = []
+for _ in range(200):
+    NESTED = [NESTED]
+VALUES = [None, True, "", "a%s", [], {}, -1, 0, 1e308, 5e-324, 10**400, 2**63, NESTED, "x" * 10**6]
+VALUES += [math.nan, math.inf]  # Python reads and writes these, too
 
 
 def directories(base: Path) -> list[Path]:
-    """Three valid checkpoints: one file, shards with an index, Meta's layout in two shards."""
+    """Valid checkpoints: one file, shards with an index, Meta's layout in two shards."""
     one, shards, meta = base / "one", base / "shards", base / "meta"
     scaled = dict(rope_type="llama3", rope_factor=8.0, rope_original_len=64)
+    config = tiny_config(vocab_size=300, n_layers=2, bos=1, eos=(2,), **scaled)
     for path in (one, shards):
-        save_checkpoint(tiny_model(tiny_config(vocab_size=300, n_layers=2, bos=1, eos=(2,), **scaled)), path)
-    weights = load_file(shards / "model.safetensors")
-    parts = {"a.safetensors": sorted(weights)[::2], "b.safetensors": sorted(weights)[1::2]}
-    for file, names in parts.items():
-        save_file({name: weights[name] for name in names}, shards / file)
-    (shards / "model.safetensors").unlink()
-    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {n: f for f, names in parts.items() for n in names}}))
-    write_meta(tiny_model(meta_config()), meta, 2, 1)
-    data.train_tokenizer(["the quick brown fox jumps over the lazy dog\n" * 20], 290, one / "tokenizer.model")
-    for path in (shards, meta):
-        shutil.copy(one / "tokenizer.model", path)
-    for path in (one, shards, meta):
-        (path / "generation_config.json").write_text('{"eos_token_id": [2, 3], "assistant_early_exit": 1, "num_assistant_tokens": 4}')
+        save_checkpoint(tiny_model(config), path)
+    split_by_index(shards)
+    file = shards / "config.json"
+    found = json.loads(file.read_text()) | dict(attention_bias=False, quantization_config=None)
+    found["rope_parameters"] = found.pop("rope_scaling") | dict(rope_theta=found.pop("rope_theta"))
+    file.write_text(json.dumps(found))
+    optional = dict(rope_theta=5e5, use_scaled_rope=True, ffn_dim_multiplier=1.0, moe=None)
+    write_meta(tiny_model(replace(meta_config(), vocab_size=300)), meta, 2, 1, **optional)
+    settings = dict(eos_token_id=[2, 3], assistant_early_exit=1, num_assistant_tokens=4)
+    settings["assistant_confidence_threshold"] = 0.1
+    (one / "generation_config.json").write_text(json.dumps(settings))
+    for path, tokenizer in ((one, ours), (shards, byte_level), (meta, ours)):
+        tokenizer(path)
     return [one, shards, meta]
 
 
-def damage(file: Path, random: np.random.Generator) -> None:
-    """Flips a few bits, cuts bytes out, doubles some, or writes other digits; mostly near the start, where headers are."""
+def trainer(path: Path) -> train.Trainer:
+    """A training run of a tiny model, for two steps, in the directory `path`."""
+    small = dict(layers=2, dim=16, hidden_dim=16, heads=2, head_dim=8, vocab=280, seq=16, batch=2)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in small.items()]
+    data = ["--data", str(path.parent / "pairs.jsonl"), "--no-compile", "--no-bf16"]
+    args = train.parser().parse_args(["--out", str(path), "--steps=2", *options, *data])
+    return train.Trainer(args, Run(args.out, args.init))
+
+
+def stopped_run(path: Path) -> Path:
+    """A run that was stopped after the first of two steps."""
+    pairs = (dict(prompt=f"{i} and ", completion=f"{i + 1}, {2 * i}.") for i in range(1000))
+    (path.parent / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    stopped = trainer(path)
+    stopped.train_step()
+    stopped.run.add_metrics({"step": 1, "losses": {2: 1.0}, "norm": 1.0})
+    stopped.save()
+    return path
+
+
+# --------------------------------------------------------------------------------------------------
+# Damage
+
+
+def places(value) -> Iterator[list]:
+    """The ways to every value in a JSON value; in a long list or object, to its first three."""
+    if isinstance(value, str) and value.startswith("{"):  # JSON in a string
+        value = json.loads(value)
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in islice(items, 3 if len(value) > 20 else None):
+        yield [key]
+        if isinstance(inner, (dict, list)) or str(inner).startswith("{"):
+            yield from ([key, *rest] for rest in places(inner))
+
+
+def changed(value, place: list, new):
+    """A JSON value with a new one in a place."""
+    if not place:
+        return new
+    if isinstance(value, str):
+        return json.dumps(changed(json.loads(value), place, new))
+    value[place[0]] = changed(value[place[0]], place[1:], new)
+    return value
+
+
+def cut_out(file: Path) -> tuple[bytes, dict, bytes]:
+    """What stands before a file's JSON, the JSON, and what stands after it."""
+    content, start = file.read_bytes(), 0
+    end = len(content)
+    if file.suffix == ".jsonl":  # the last line
+        start = content.rstrip().rfind(b"\n") + 1
+    if file.suffix == ".safetensors":  # the header, after its length
+        start, end = 8, 8 + int.from_bytes(content[:8], "little")
+    return content[:start], json.loads(content[start:end]), content[end:]
+
+
+def put(file: Path, place: list, value) -> None:
+    """Puts a value in a place of a file's JSON."""
+    start, found, rest = cut_out(file)
+    text = json.dumps(changed(found, place, value)).encode()
+    if file.suffix == ".safetensors":
+        start = len(text).to_bytes(8, "little")
+    file.write_bytes(start + text + rest)
+
+
+def spoil(file: Path, chance: np.random.Generator) -> None:
+    """Flips bits, cuts or doubles bytes, changes digits, truncates; mostly where headers are."""
     content = bytearray(file.read_bytes())
-    for _ in range(int(random.choice([1, 1, 2, 8]))):
+    for _ in range(int(chance.choice([1, 1, 2, 8]))):
         if not content:
             break
-        place = int(random.integers(len(content) if random.random() < 0.3 else min(len(content), 1500)))
-        kind = random.choice(["flip", "flip", "byte", "cut", "double", "digit", "truncate"])
+        near = chance.random() < 0.7
+        place = int(chance.integers(min(len(content), 1500) if near else len(content)))
+        length = int(chance.integers(1, 9))
+        kind = chance.choice(["flip", "flip", "byte", "cut", "double", "digit", "truncate"])
         if kind == "flip":
-            content[place] ^= 1 << int(random.integers(8))
+            content[place] ^= 1 << int(chance.integers(8))
         elif kind == "byte":
-            content[place] = int(random.integers(256))
+            content[place] = int(chance.integers(256))
         elif kind == "cut":
-            del content[place : place + int(random.integers(1, 9))]
+            del content[place : place + length]
         elif kind == "double":
-            content[place:place] = content[place : place + int(random.integers(1, 9))]
+            content[place:place] = content[place : place + length]
         elif kind == "digit":
-            digits = [i for i in range(max(0, place - 40), min(len(content), place + 40)) if chr(content[i]).isdigit()]
+            around = range(max(0, place - 40), min(len(content), place + 40))
+            digits = [i for i in around if chr(content[i]).isdigit()]
             if digits:
-                content[digits[int(random.integers(len(digits)))]] = ord(random.choice(list("0123456789-e.")))
+                content[chance.choice(digits)] = ord(chance.choice(list("0123456789-e.")))
         else:
-            del content[int(random.integers(len(content))) :]
+            del content[int(chance.integers(len(content))) :]
     file.write_bytes(content)
 
 
+def confuse(file: Path, chance: np.random.Generator) -> None:
+    """Puts wrong values, and sizes that are too large, in a few places of a file's JSON."""
+    values = [*VALUES, *(2**n for n in range(32))]
+    for _ in range(int(chance.integers(2, 5))):
+        possible = list(places(cut_out(file)[1]))
+        place = possible[int(chance.integers(len(possible)))]
+        put(file, place, values[int(chance.integers(len(values)))])
+
+
+def files_of(sources: list[Path]) -> list[Path]:
+    """The files that are read of these directories."""
+    files = [file for source in sources for file in sorted(source.iterdir())]
+    return [f for f in files if f.parent.name != "run" or f.name not in UNREAD]
+
+
+def planned(sources: list[Path]) -> list[tuple]:
+    """Every case that leaves nothing to chance, in a fixed, mixed order: (file, what, value)."""
+    cases: list[tuple] = []
+    for file in files_of(sources):
+        cases += [(file, "empty", None), (file, "directory", None)]
+        if file.suffix in (".json", ".jsonl") or file.name in HEADERS:
+            cases += product([file], places(cut_out(file)[1]), VALUES)
+    random.Random(0).shuffle(cases)
+    return cases
+
+
+def damage(file: Path, what, value) -> None:
+    """Does to a file what a planned case says."""
+    if what == "empty":
+        file.write_bytes(b"")
+    elif what == "directory":
+        file.unlink()
+        file.mkdir()
+    else:
+        put(file, what, value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Cases
+
+
 def attempt(path: Path) -> str:
-    """Outcome of one directory; anything but these two kinds of end is raised."""
+    """How a directory ends; anything but the two kinds of end is raised."""
+    expected: tuple = (ValueError,)
     try:
-        tokenizer, model = Tokenizer(path), load_checkpoint(path)
-        generation_defaults(path)
-        tokenizer.decode(tokenizer.encode("the fox"))
-    except ValueError as error:
-        assert "\n" not in str(error) and 5 < len(str(error)) < 500, f"not one clear line: {error!r}"
+        if (path / "data.json").exists():
+            expected = (ValueError, OSError)
+            with redirect_stderr(io.StringIO()):
+                trainer(path).train()
+            return "read"
+        model, tokenizer = load(path, torch.float32, "cpu")
+        settings = default_settings(path, model.config, tokenizer) | dict(max_new_tokens=4)
+        ids = tokenizer.encode("the fox")
+        for r in generate(model, ids, **settings):
+            assert r.logits.shape == (len(r.emitted), model.config.vocab_size)
+            tokenizer.decode(ids + r.emitted)
+    except expected as error:
+        text = str(error)
+        assert text.isprintable() and 10 < len(text) < 600, f"not one clear line: {error!r:.600}"
         return "refused"
-    with torch.inference_mode():
-        assert model(torch.tensor([[0]])).shape[-1] == model.config.vocab_size
-    return "loaded"
+    return "read"
 
 
 def main() -> None:
-    cases = int(sys.argv[1]) if len(sys.argv) > 1 else 4000
-    random, outcomes, failures = np.random.default_rng(0), collections.Counter(), 0
+    first, last = map(int, sys.argv[1:]) if len(sys.argv) == 3 else (0, CASES)
+    outcomes: collections.Counter = collections.Counter()
     with tempfile.TemporaryDirectory() as base:
         sources = directories(Path(base))
-        assert [attempt(source) for source in sources] == ["loaded"] * 3
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc/self/statm").exists() else 0
-        if used:
+        assert [attempt(source) for source in sources] == ["read"] * len(sources)
+        sources.append(stopped_run(Path(base) / "run"))
+        statm = Path("/proc/self/statm")
+        if statm.exists():
+            used = int(statm.read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + (512 << 20), resource.RLIM_INFINITY))
-
-        def late(*_):
-            raise TimeoutError("took more than five seconds")
-
-        signal.signal(signal.SIGALRM, late)
-        for case in range(cases):
+        plan, files = planned(sources), files_of(sources)
+        for number in range(first, last):
+            chance = np.random.default_rng(number)
+            file, *how = plan[number] if number < len(plan) else (chance.choice(files),)
             work = Path(base) / "case"
-            shutil.copytree(sources[case % 3], work)
-            files = sorted(work.iterdir())
-            file = files[int(random.integers(len(files)))]
-            damage(file, random)
-            signal.alarm(5)
+            shutil.copytree(file.parent, work)
+            if how:
+                damage(work / file.name, *how)
+            elif file.suffix == ".json" and chance.random() < 0.5:
+                confuse(work / file.name, chance)
+            else:
+                spoil(work / file.name, chance)
+            faulthandler.dump_traceback_later(60, exit=True)  # of what never ends
+            started = time.process_time()
             try:
-                outcomes[attempt(work)] += 1
+                outcome = attempt(work)
+                seconds = time.process_time() - started
+                assert seconds < 5, f"took {seconds:.1f} seconds"
             except BaseException as error:
-                failures += 1
-                print(f"\ncase {case}, {sources[case % 3].name}/{file.name}: {type(error).__name__}: {str(error)[:200]}")
+                outcome = "failed"
+                name, reason = f"{file.parent.name}/{file.name}", f"{error!r:.200}"
+                print(f"case {number}, {name} {how!r:.80}: {reason}", flush=True)
                 if isinstance(error, KeyboardInterrupt):
                     raise
             finally:
-                signal.alarm(0)
+                faulthandler.cancel_dump_traceback_later()
+            outcomes[outcome] += 1
             shutil.rmtree(work)
-            if case % 100 == 99:
-                print(f"\r{case + 1}/{cases} cases: {dict(outcomes)}, {failures} failures", end="", file=sys.stderr, flush=True)
-    print(f"\n{cases} cases on {time.strftime('%Y-%m-%d')}: {outcomes['refused']} refused in one line, {outcomes['loaded']} loaded, {failures} failures")
-    print(f"{cases - failures} passed, {failures} failed")
-    raise SystemExit(failures > 0)
+    wrong = min(last, len(plan)) - min(first, len(plan))
+    kinds = f"{wrong} wrong or missing values and files, {last - first - wrong} drawn by chance"
+    ends = ", ".join(f"{outcomes[name]} {name}" for name in ("refused", "read", "failed"))
+    print(f"cases {first} to {last - 1}: {kinds}: {ends}")
+    raise SystemExit(outcomes["failed"] > 0)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Parity with transformers: 200 random configs and checkpoints that transformers wrote, and the way back.
+"""Parity with transformers: 200 random configs and checkpoints that it wrote, and the way back.
 
     make parity          installs transformers and runs this
 
-For each config: float64 logits within 1e-9 and float32 within 1e-5, relative to the largest; 32 greedy tokens equal in
-float64, drafted; and what save_checkpoint writes gives transformers the same logits.
+For each config: float64 logits within 1e-9 and float32 within 1e-5, relative to the largest; 32
+greedy tokens equal in float64, drafted; what save_checkpoint writes gives transformers the same
+logits.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ import torch
 import transformers
 
 from decode import generate
+from exact import pack
 from model import load_checkpoint, save_checkpoint
 
 transformers.logging.set_verbosity_error()
@@ -29,14 +31,26 @@ transformers.logging.disable_progress_bar()
 
 
 def wide_norm(self, x):
-    """transformers' RMSNorm, but in the type of its input: as shipped it works in float32 even in a float64 model, and no
-    comparison could then be closer than 1e-7."""
+    """transformers' RMSNorm, but in the type of its input.
+
+    As shipped it works in float32 in a float64 model too: nothing could be closer than 1e-7.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(x.dtype)
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return self.weight * (wide * scale).to(x.dtype)
 
 
 transformers.models.llama.modeling_llama.LlamaRMSNorm.forward = wide_norm
-KINDS = ["Llama 1/2, multi-head", "Llama 2 70B, grouped", "Code Llama", "Llama 3", "Llama 3.1, scaled rope", "Llama 3.2, tied", "head_dim", "linear rope"]
+KINDS = [
+    "Llama 1/2, multi-head",
+    "Llama 2 70B, grouped",
+    "Code Llama",
+    "Llama 3",
+    "Llama 3.1, scaled rope",
+    "Llama 3.2, tied",
+    "head_dim",
+    "linear rope",
+]
 
 
 def random_config(number: int) -> dict:
@@ -60,8 +74,14 @@ def random_config(number: int) -> dict:
     )
     theta = {"Code Llama": 1e6}.get(kind, 5e5 if "Llama 3" in kind else 1e4)
     scaling = {"rope_type": "default"}
-    if "scaled" in kind or "tied" in kind:  # the original context is short, so that positions lie past the boundary
-        scaling = dict(rope_type="llama3", factor=pick(8.0, 32.0), low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=pick(16, 64))
+    if "scaled" in kind or "tied" in kind:  # a short original context: positions lie beyond it
+        scaling = dict(
+            rope_type="llama3",
+            factor=pick(8.0, 32.0),
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=pick(16, 64),
+        )
     if kind == "linear rope":
         scaling = dict(rope_type="linear", factor=pick(2.0, 4.0))
     if kind == "head_dim":
@@ -69,13 +89,15 @@ def random_config(number: int) -> dict:
     return config, theta, scaling
 
 
-def write(reference, config, theta: float, scaling: dict, old_dialect: bool, sharded: bool, path: Path) -> None:
-    """Saves with transformers, and rewrites config.json in the dialect of transformers 4 where asked."""
+def write(reference, theta: float, scaling: dict, old: bool, sharded: bool, path: Path) -> None:
+    """Saves with transformers; old: config.json in the dialect of transformers 4."""
     reference.save_pretrained(path, max_shard_size="20KB" if sharded else "5GB")
-    if old_dialect:
+    if old:
         written = json.loads((path / "config.json").read_text())
         written.pop("rope_parameters", None)
-        written.update(rope_theta=theta, rope_scaling=None if scaling["rope_type"] == "default" else scaling, torch_dtype=written.pop("dtype", "float64"))
+        written["rope_theta"] = theta
+        written["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+        written["torch_dtype"] = written.pop("dtype", "float64")
         (path / "config.json").write_text(json.dumps(written))
 
 
@@ -85,33 +107,41 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @torch.no_grad()
 def check(number: int, path: Path) -> tuple[float, float]:
-    """Relative error of the logits in float64 and float32; raises AssertionError where a law does not hold."""
+    """Relative error of the logits in float64 and float32; AssertionError where a law fails."""
     config, theta, scaling = random_config(number)
     torch.manual_seed(number)
-    settings = transformers.LlamaConfig(**config, rope_parameters={"rope_theta": theta, **scaling}, attn_implementation="sdpa")
+    rope = {"rope_theta": theta, **scaling}
+    how = dict(rope_parameters=rope, attn_implementation="sdpa")
+    settings = transformers.LlamaConfig(**config, **how)
     reference = transformers.LlamaForCausalLM(settings).double().eval()
-    write(reference, config, theta, scaling, old_dialect=number % 2 == 0, sharded=number % 3 == 0, path=path / "hf")
-    tokens = torch.randint(config["vocab_size"], (2, 100), generator=torch.Generator().manual_seed(number))
+    write(reference, theta, scaling, number % 2 == 0, number % 3 == 0, path / "hf")
+    generator = torch.Generator().manual_seed(number)
+    tokens = torch.randint(config["vocab_size"], (2, 100), generator=generator)
     expected = reference(tokens).logits
 
     model = load_checkpoint(path / "hf")
     assert model.dtype == torch.float64
     error64 = relative(model(tokens), expected)
     assert error64 < 1e-9, f"case {number}: float64 logits differ by {error64:.1e}"
-    error32 = relative(load_checkpoint(path / "hf", torch.float32)(tokens), reference.float()(tokens).logits)
+    narrow = load_checkpoint(path / "hf", torch.float32)(tokens)
+    error32 = relative(narrow, reference.float()(tokens).logits)
     assert error32 < 1e-5, f"case {number}: float32 logits differ by {error32:.1e}"
 
     prompt = tokens[0, :20].tolist()
     reference = transformers.LlamaForCausalLM.from_pretrained(path / "hf", dtype=torch.float64)
-    greedy = reference.generate(tokens[:1, :20], attention_mask=torch.ones(1, 20), max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)
-    rounds = generate(load_checkpoint(path / "hf"), prompt, exit_layer=1, draft_len=4, max_new_tokens=32, eos=())
-    assert [t for r in rounds for t in r.emitted] == greedy[0, 20:].tolist(), f"case {number}: greedy tokens differ"
+    how = dict(max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)
+    greedy = reference.generate(tokens[:1, :20], attention_mask=torch.ones(1, 20), **how)
+    packed = pack(load_checkpoint(path / "hf"))
+    rounds = generate(packed, prompt, exit_layer=1, draft_len=4, max_new_tokens=32, eos=())
+    ours = [t for r in rounds for t in r.emitted]
+    assert ours == greedy[0, 20:].tolist(), f"case {number}: greedy tokens differ"
 
     save_checkpoint(model, path / "back")
     again = load_checkpoint(path / "back")
     assert dataclasses.replace(again.config, eos=model.config.eos) == model.config
     back = transformers.LlamaForCausalLM.from_pretrained(path / "back", dtype=torch.float64)
-    assert torch.equal(back(tokens).logits, expected), f"case {number}: transformers reads other logits from what was saved here"
+    same = torch.equal(back(tokens).logits, expected)
+    assert same, f"case {number}: transformers reads other logits from what was saved here"
     return error64, error32
 
 
@@ -124,12 +154,14 @@ def check_one(number: int) -> tuple[float, float]:
 def main() -> None:
     cases = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     errors = []
-    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    how = dict(initializer=torch.set_num_threads, initargs=(1,))
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), **how) as pool:
         for found in pool.map(check_one, range(cases)):
             errors.append(found)
             print(f"\r{len(errors)}/{cases} configs", end="", file=sys.stderr, flush=True)
     worst64, worst32 = map(max, zip(*errors))
-    print(f"\ntransformers {transformers.__version__}: logits within {worst64:.1e} (float64) and {worst32:.1e} (float32)")
+    errors = f"{worst64:.1e} (float64) and {worst32:.1e} (float32)"
+    print(f"\ntransformers {transformers.__version__}: logits within {errors}")
     print(f"{cases} passed, 0 failed")
 
 

@@ -1,213 +1,286 @@
-"""The logic of bench.py: what it writes, reads and computes. No time is looked at."""
+"""The measurements: what they compute, compare and print. No time is looked at."""
 
+import json
 import random
 import re
+import shutil
 import sys
+from contextlib import ExitStack
+from importlib.util import find_spec
 
 import pytest
 import torch
 from helpers import tiny_config, tiny_model
 
-import bench
-import bench_engine
-from decode import Round, Run, new_cache
-from model import Config, Llama, linear_product
-from tokenizer import Tokenizer
+from bench import __main__ as bench
+from bench import common, decoding, engine, peers
+from command import Run
+from decode import Round, new_cache
+from model import Llama, rotate, save_checkpoint
 
 
-def sweep(*options: str):
-    """bench.py sweep on the shipped checkpoint with one short prompt."""
-    return bench.sweep(bench.parser().parse_args(["sweep", *options]), None, [[1, 2]])
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, shipped):
+    """A small checkpoint whose first layers foresee the rest, with the shipped tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = tiny_config(vocab_size=2048, max_len=512, tied=True)
+    save_checkpoint(tiny_model(config, damp_from=1), folder)
+    shutil.copy(shipped / "tokenizer.model", folder)
+    return folder
 
 
 @pytest.fixture
-def measured(monkeypatch) -> list:
-    """Settings of the cells that a sweep measures, without any decoding."""
-    cells = []
+def run(monkeypatch, capsys, tiny):
+    """run("COMMAND --options") -> what it prints, on the small checkpoint and small prompts."""
+    prompts = lambda count, tokenizer, length: [[1, n + 3, 40, 7] * 4 for n in range(count)]
+    monkeypatch.setattr(common, "held_out_prompts", prompts)
+    monkeypatch.setitem(common.SHAPES, "8m", tiny_config(vocab_size=99, tied=True))
 
-    def decoded(model, prompts, count, note="", **settings):
-        if settings:
-            cells.append((settings["exit_layer"], settings["draft_len"]))
-        return Run([7] * count, [Round([7], 1, [7, 7], None, 0.0, 0.0, 24)] * 4, 1 / settings.get("exit_layer", 1))
+    def main(line: str) -> str:
+        small = "--runs 1 --dtype float32".split()
+        where = [] if "--shape" in line else ["--ckpt", str(tiny)]
+        monkeypatch.setattr(sys, "argv", ["bench", *line.split(), *small, *where])
+        bench.main()
+        return capsys.readouterr().out
 
-    monkeypatch.setattr(bench, "decode_all", decoded)
-    monkeypatch.setattr(Llama, "pack", lambda self: self)
-    return cells
-
-
-def test_a_sweep_goes_on_where_it_was_stopped(measured, tmp_path, monkeypatch):
-    file = str(tmp_path / "cells.csv")
-    whole = bench.decode_all
-
-    def killed(*given, **settings):
-        if settings.get("exit_layer") == 4:
-            raise KeyboardInterrupt
-        return whole(*given, **settings)
-
-    monkeypatch.setattr(bench, "decode_all", killed)
-    with pytest.raises(KeyboardInterrupt):
-        sweep("--csv", file, "--exits", "2,4", "--drafts", "3,5")
-    assert measured == [(2, 3), (2, 5)]
-    monkeypatch.setattr(bench, "decode_all", whole)
-    first = sweep("--csv", file, "--exits", "2,4", "--drafts", "3,5", "--png", str(tmp_path / "cells.png"))
-    assert measured == [(2, 3), (2, 5), (4, 3), (4, 5)]
-    assert [(c["exit_layer"], c["speedup"], c["identical"]) for c in first["cells"]] == [(2, 2.0, True)] * 2 + [(4, 4.0, True)] * 2
-    assert (tmp_path / "cells.png").read_bytes().startswith(b"\x89PNG")
-    assert sweep("--csv", file, "--exits", "2,4", "--drafts", "3,5") == first
-    assert len(measured) == 4
+    return main
 
 
-@pytest.mark.parametrize("change", [("--tokens", "9"), ("--min-confidence", "0.4"), ("--dtype", "float64")])
-def test_a_table_of_other_settings_is_refused(measured, tmp_path, change):
-    file = tmp_path / "cells.csv"
-    common = ("--csv", str(file), "--exits", "2", "--drafts", "3", "--dtype", "float32")
-    sweep(*common)
-    before = file.read_text()
-    with pytest.raises(ValueError, match="holds cells of") as refused:
-        sweep(*common, *change)
-    assert "\n" not in str(refused.value) and file.read_text() == before
-    file.write_text(before.rstrip()[:-20])
-    with pytest.raises(ValueError, match="line 2: not a whole cell"):
-        sweep(*common)
+SIZE = "--prompts 2 --tokens 10"
+PLAIN = ["plain", "plain, not exact", "plain, bfloat16"]
 
 
-def test_prompts_come_from_text_and_jsonl(shipped, tmp_path):
-    tokenizer = Tokenizer(shipped)
-    text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
-    text.write_text("import os\nimport re\n\n\n  \ndef f(x):\n")
-    lines.write_text('{"prompt": "import os\\nimport re"}\n\n{"prompt": "def f(x):", "id": 3}\n')
-    wanted = [tokenizer.encode("import os\nimport re"), tokenizer.encode("def f(x):")]
-    assert bench.file_prompts(text, tokenizer) == bench.file_prompts(lines, tokenizer) == wanted
-    for spoiled in ('{"prompt": 3}', '"prompt"', "prompt", ""):
-        lines.write_text(spoiled)
-        with pytest.raises(ValueError, match=r"prompts\.jsonl"):
-            bench.file_prompts(lines, tokenizer)
+def column(text: str, name: str) -> list[str]:
+    """The values of a column in all tables of a text."""
+    found, place = [], None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if not cells:
+            place = None
+        elif place is None:
+            place = cells.index(name)
+        elif set(cells[0]) != {"-"}:
+            found.append(cells[place])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("command", "ways"),
+    [
+        (f"speedup {SIZE}", [*PLAIN, "drafted"]),
+        (
+            f"sweep {SIZE} --exits 1 3 --drafts 2",
+            [*PLAIN, "--exit 1 --draft 2", "--exit 3 --draft 2"],
+        ),
+    ],
+)
+def test_drafted_ways_are_compared_with_plain_ones_and_write_their_text(run, command, ways):
+    text = run(command)
+    assert re.match(r".+, bfloat16 instructions: (yes|no), \d+ threads\n", text)
+    assert sorted(column(text, "way")) == sorted(ways)
+    identical = dict(zip(column(text, "way"), column(text, "identical")))
+    assert identical == {way: "" if way in PLAIN else "yes" for way in ways}
+    assert "1.00 (1.00 to 1.00)" in column(text, "speedup")
+
+
+def test_every_drafter_has_a_row_greedy_and_sampled_and_writes_the_plain_text(run, tiny):
+    text = run(f"drafters {SIZE} --tries 2 --drafter model:{tiny}")
+    ways = column(text, "way")
+    drafters = ["early exit", "exit auto", "lookup", "jacobi", f"model:{tiny}"]
+    assert ways[:8] == PLAIN + drafters and ways[8].startswith("skip ")
+    assert ways[:9] == ways[9:] and text.count("temperature 0.8") == 1
+    assert column(text, "identical") == 2 * (3 * [""] + 6 * ["yes"])
+
+
+def test_a_drafted_text_that_is_not_the_plain_one_is_exit_code_1(run, monkeypatch):
+    def spoiled(model, prompts, count, **settings):
+        found = common.decode_all(model, prompts, count, **settings)
+        found.ids[-1] += "exit_layer" in settings
+        return found
+
+    monkeypatch.setattr(decoding, "decode_all", spoiled)
+    with pytest.raises(SystemExit, match="not the plain text"):  # a text is exit code 1
+        run(f"speedup {SIZE}")
+
+
+def test_peers_have_a_row_each_where_they_are_installed(run):
+    text = run(f"peers {SIZE}")
+    names = [f"this code, {kind}" for kind in ("plain", "drafted")]
+    if find_spec("transformers"):
+        names += [f"transformers, {kind}" for kind in ("plain", "drafted")]
+    if find_spec("llama_cpp") and find_spec("gguf"):
+        names.append("llama.cpp, plain")
+    assert sorted(column(text, "way")) == sorted(names)
+    assert set(column(text, "same text")) == {"yes"}
+
+
+def test_peers_of_random_weights_decode_plainly_and_absent_packages_are_named(run, monkeypatch):
+    said = []
+    monkeypatch.setattr(common, "find_spec", lambda name: said.append(name))
+    assert column(run(f"peers {SIZE} --shape 8m"), "way") == ["this code, plain"]
+    assert {"transformers", "llama_cpp"} <= set(said)
+
+
+def test_an_absent_package_is_one_line_on_stderr(capsys):
+    assert common.installed("torch") and not common.installed("a_package_that_is_not_there")
+    out, err = capsys.readouterr()
+    assert not out and re.fullmatch("bench: a_package_that_is_not_there is not installed.*\n", err)
+
+
+def test_roofline_has_a_row_for_each_pass(run):
+    assert column(run("roofline --shape 8m"), "pass") == ["plain", "draft", "verify"]
+
+
+def test_the_wanted_acceptance_is_reached_by_damping_and_text_is_the_plain_one(run):
+    text = run("ideal --shape 8m --draft 3 --alphas 0.9 0.4 --prompts 2 --tokens 40")
+    damping, alpha = ([float(v) for v in column(text, name)] for name in ("damping", "alpha"))
+    assert damping[0] < damping[1] and alpha[0] > alpha[1] + 0.2
+    assert column(text, "identical") == ["yes", "yes"]
+
+
+def test_kinds_of_training_are_compared_with_the_first(run, monkeypatch):
+    names = ["transformers"] * bool(find_spec("transformers")) + ["plain", "layerskip"]
+    seconds = {"transformers": 8.0, "plain": 4.0, "layerskip": 2.0}
+    child = lambda stack, folder, code, name, *given: lambda: Run([0] * 8, [], seconds[name])
+    monkeypatch.setattr(peers, "child", child)
+    text = run("train")
+    assert column(text, "way") == names
+    first = [f"{seconds[names[0]] / seconds[name]:.2f}" for name in names]
+    assert column(text, "speedup") == [f"{value} ({value} to {value})" for value in first]
+
+
+@pytest.mark.parametrize("name", ["plain", "layerskip", "transformers"])
+def test_a_step_of_training_is_one_update_of_the_weights(name, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "BATCH", 2)
+    monkeypatch.setattr(peers, "LENGTH", 16)
+    updates, update = [], torch.optim.AdamW.step
+    counted = lambda *given, **named: updates.append(1) or update(*given, **named)
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    if name == "transformers" and not find_spec(name):
+        with pytest.raises(ImportError):
+            peers.step_of(name, str(tiny), str(tmp_path), False)
+        return
+    step = peers.step_of(name, str(tiny), str(tmp_path), False)
+    for _ in range(3):
+        step()
+    assert len(updates) == 3
+
+
+def test_another_checkout_decodes_the_same_in_turns(run, tmp_path):
+    figures = tmp_path / "figures.json"
+    text = run(f"speedup {SIZE} --against {common.ROOT} --json {figures}")
+    assert column(text, "way") == [
+        f"{kind}, {place}" for kind in ("plain", "drafted") for place in ("there", "here")
+    ]
+    assert column(text, "same text") == ["", "yes", "", "yes"]
+    (rows,) = json.loads(figures.read_text())["tables"].values()
+    assert [row["speedup"] for row in rows[::2]] == [[1.0, 1.0, 1.0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (f"speedup {SIZE} --against tests", "tests is no checkout of this code"),
+        (f"speedup {SIZE} --exit 4", "exit layer must be from 0 to 3, not 4"),
+        ("sweep --prompts 0", "must be at least 1"),
+        (f"peers {SIZE} --json /nowhere/figures", "nowhere"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_and_exit_code_2(run, capsys, line, text):
+    with pytest.raises(SystemExit) as stop:
+        run(line)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and re.fullmatch(f"bench: .*{text}.*\n", err)
+
+
+def test_a_child_answers_each_request_and_says_when_it_has_ended():
+    code = "total = json.loads(sys.argv[1])\ndef answer(n):\n    global total\n    total += 12 // n"
+    code += "\n    return [n], total\n"
+    with ExitStack() as stack:
+        ask = common.child(stack, common.ROOT, code, 100)
+        assert [ask(n) for n in (3, 4)] == [Run([3], [], 104), Run([4], [], 107)]
+        with pytest.raises(ValueError, match="has ended"):
+            ask(0)
+        with pytest.raises(ValueError, match="has ended"):
+            ask(3)
+
+
+def test_a_speedup_is_the_median_ratio_to_the_fastest_plain_way_in_the_same_turn():
+    times = {"plain": [9, 2, 4, 8], "plain, slow": [1, 5, 5, 9], "drafted": [9, 1, 1, 8]}
+    turns, order = {name: iter(values) for name, values in times.items()}, []
+
+    def work(name):
+        order.append(name)
+        return Run([5] * 8, [], next(turns[name]))
+
+    works = {name: lambda name=name: work(name) for name in times}
+    rows = common.compare(works, 3, {"drafted": "plain"})
+    assert order == 4 * list(times)
+    assert rows[0]["tokens/s"] == [2, 1, 4]
+    assert rows[2]["speedup"] == [2, 1, 4]  # 2, 4 and 1: the first turn does not count
+    assert rows[1]["speedup"] == [0.8, 0.4, 8 / 9]
+    assert [row["identical"] for row in rows] == [None, None, True]
+
+
+def test_a_table_leaves_out_empty_columns():
+    rows = [{"way": "a", "x": None, "y": [1.5, 1.0, 200.0]}, {"way": "b", "x": None, "y": None}]
+    assert common.markdown("T", rows).split("\n") == [
+        "T",
+        "",
+        "| way | y                  |",
+        "| --- | ------------------ |",
+        "| a   | 1.50 (1.00 to 200) |",
+        "| b   |                    |",
+    ]
 
 
 def rounds(alpha: float, draft_len: int, count: int) -> list[Round]:
-    """Rounds in which a guess is accepted with probability alpha once those before it were."""
+    """Rounds in which a guess is right with probability alpha once those before it were."""
     rng, found = random.Random(0), []
     for _ in range(count):
         accepted = 0
         while accepted < draft_len and rng.random() < alpha:
             accepted += 1
-        found.append(Round([0] * draft_len, accepted, [0] * (accepted + 1), None, 0.0, 0.0, 1))
+        found.append(Round([0] * draft_len, accepted, [0] * (accepted + 1), None, 0.0, 0.0))
     return found
 
 
 def test_the_ideal_speedup_is_the_formula_and_what_a_simulation_gives():
-    assert bench_engine.expected_tokens(0.5, 2) == 1.75
-    assert bench_engine.ideal_speedup(0.5, 2, draft=0.25, verify=0.75) == pytest.approx(1.4)
-    assert bench_engine.ideal_speedup(0.5, 2, draft=0.25, verify=0.75, row=0.5) == pytest.approx(1.0)
-    assert bench_engine.expected_tokens(1.0, 6) == 7
+    assert engine.ideal_speedup(1.0, 6, draft=1.5, verify=0.5) == 3.5  # d + 1 tokens, 2 plain steps
+    assert engine.ideal_speedup(0.0, 6, draft=1.5, verify=0.5) == 0.5  # one token
+    assert engine.ideal_speedup(0.5, 2, draft=0.0, verify=1.0) == 1.75
     for alpha, draft_len in ((0.6, 4), (0.8, 6), (0.95, 3)):
         found = rounds(alpha, draft_len, 20000)
         emitted = sum(len(r.emitted) for r in found) / len(found)
-        assert emitted == pytest.approx(bench_engine.expected_tokens(alpha, draft_len), rel=0.01)
-        assert bench_engine.accepted_each(found) == pytest.approx(alpha, abs=0.01)
+        ideal = engine.ideal_speedup(alpha, draft_len, draft=0.5, verify=0.75)
+        assert emitted / 1.25 == pytest.approx(ideal, rel=0.01)
+        assert engine.accepted_each(found) == pytest.approx(alpha, abs=0.01)
 
 
-def test_the_damping_of_an_acceptance_is_bracketed_and_found():
-    for fall in (0.1, 1.0, 20.0):
-        for target in (0.6, 0.8, 0.95):
-            tried = []
-            damping = bench_engine.find_damping(lambda x: tried.append(x) or 1 / (1 + fall * x), target)
-            assert abs(1 / (1 + fall * damping) - target) <= 0.02
-            assert len(tried) <= 16
-    with pytest.raises(ValueError, match="no damping"):
-        bench_engine.find_damping(lambda x: 0.7, 0.6)
-
-
-def test_damping_sets_what_the_exit_foresees():
-    damped = bench_engine.Damped(tiny_model(tiny_config()), 2, Llama.pack)
-    accepted = []
-    for damping in (0.0, 0.3, 3.0):
-        damped.damp(damping)
-        r = bench_engine.decode_all(damped.model, [[1, 2, 3]], 60, exit_layer=2, draft_len=4, sampling=bench_engine.Sampling(1.0))
-        accepted.append(bench_engine.accepted_each(r.rounds))
-    assert accepted[0] == 1 and accepted[0] > accepted[1] > accepted[2]
+def test_the_damping_of_an_acceptance_is_found():
+    for fall in (0.5, 1.0, 20.0):
+        for wanted in (0.6, 0.8, 0.95):
+            damping = engine.find_damping(lambda x: 1 / (1 + fall * x), wanted)
+            assert 1 / (1 + fall * damping) == pytest.approx(wanted, abs=0.02)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_bytes_that_must_be_read_are_those_of_the_tensors(tied):
     c = tiny_config(tied=tied)
-    model, cache = Llama(c).bfloat16(), new_cache(c, 128, 3, torch.bfloat16, "cpu")
+    model, cache = Llama(c).bfloat16(), new_cache(c, 128, 3, torch.bfloat16, torch.device("cpu"))
     weights = sum(p.nbytes for layer in model.model.layers[1:3] for p in layer.parameters())
     head = model.model.norm.weight.nbytes + model.lm_head.weight.nbytes
     live = cache.keys[1:3, :, :77].numel() * 2 + cache.values[1:3, :, :77].numel() * 2
-    assert (bench_engine.layer_bytes(c, 2, 2), bench_engine.head_bytes(c, 2), bench_engine.kv_bytes(c, 2, 77, 2)) == (weights, head, live)
-    assert bench_engine.pass_bytes(c, 2, 77, 2) == weights + head + live
-    assert all(bench_engine.cache_bytes(c, n, 3, 2) == new_cache(c, n, 3, torch.bfloat16, "cpu").nbytes for n in (1, 64, 77, 128))
+    assert engine.pass_bytes(c, 2, 77, 2) == weights + head + live
 
 
-def test_peak_of_memory_counts_what_lives_at_once(monkeypatch, capsys):
-    def work():
-        a = torch.empty(1000, 1000)
-        b = torch.empty(500, 1000)
-        del a, b
-        torch.empty(250, 1000)
-
-    assert bench_engine.peak_bytes(work) == 6_000_000
-    monkeypatch.setitem(bench_engine.SHAPES, "small", Config(1024, 96, 192, 6, 3, 1, 32, tied=True))
-    args = bench.parser().parse_args(["memory", "--shape", "small", "--tokens", "16", "--dtype", "float32"])
-    for length in (2, 64):  # the widest pass is a verification; the prompt
-        assert bench_engine.memory(args, None, [list(range(3, 3 + length))])["within"], capsys.readouterr().out
-
-
-def test_the_clock_gives_each_phase_its_own_time(monkeypatch):
-    class Parts:
-        def inner(self):
-            now[0] += 2
-
-        def outer(self):
-            now[0] += 1
-            self.inner()
-            self.inner()
-
-    now, clock, before = [0.0], bench_engine.Clock(), Parts.outer
-    monkeypatch.setattr(bench_engine.time, "perf_counter", lambda: now[0])
-    with clock.patched((Parts, "inner", "in"), (Parts, "outer", "out", "draft")):
-        Parts().outer()
-        Parts().inner()
-    assert clock.seconds == {("draft", "out"): 1, ("draft", "in"): 4, (None, "in"): 2}
-    assert clock.calls == {("draft", "out"): 1, ("draft", "in"): 2, (None, "in"): 1}
-    assert Parts.outer is before
-
-
-def test_damping_reaches_a_graph_that_holds_a_products_weight():
-    damped = bench_engine.Damped(tiny_model(tiny_config()), 1, lambda model: model.pack())
-    for product, weight in damped.late:
-        product.take(linear_product, weight.clone(), exact=False)
-    product, weight = damped.late[-1]
-    held, x = product.product, torch.randn(3, weight.shape[1])
-    for damping in (0.5, 2.0):
-        damped.damp(damping)
-        assert torch.equal(held(x), x @ (weight * damping).T)
-
-
-def test_a_pause_follows_each_attention(monkeypatch):
-    now = iter(range(100))
-    monkeypatch.setattr(bench_engine.time, "perf_counter", lambda: next(now))
-    monkeypatch.setattr(bench_engine.compiled, "attend_widened", lambda *given: given)
-    with bench_engine.pausing(5):
-        assert bench_engine.compiled.attend_widened(1, 2) == (1, 2) and next(now) == 6
-    assert bench_engine.compiled.attend_widened(1, 2) == (1, 2) and next(now) == 7
-
-
-@pytest.mark.parametrize("what", ["roofline", "ideal --alphas 0.8 --prompts 1 --tokens 24", "exactness --prompts 1 --tokens 4", "scale", "profile --prompts 1 --tokens 8"])
-def test_the_engines_tables_have_a_line_for_each_shape(what, monkeypatch, capsys):
-    monkeypatch.setattr(bench_engine, "CONTEXTS", (64, 128))
-    for name, layers in (("one", 2), ("other", 3)):
-        monkeypatch.setitem(bench_engine.SHAPES, name, Config(2048, 96, 192, layers, 3, 1, 32, tied=True))
-    monkeypatch.setattr(sys, "argv", ["bench.py", *what.split(), "--shape", "one,other", "--dtype", "float32", *["--runs", "1"][: 0 if "profile" in what else 2]])
-    bench.main()
-    out = capsys.readouterr().out
-    assert all(re.search(rf"^\|? ?{name}\b.*\d", out, re.M) for name in ("one", "other")), out
-    assert len(re.findall(r"^\|-", out, re.M)) == {"roofline": 2, "ideal": 2, "exactness": 1, "scale": 3, "profile": 2}[what.split()[0]]
-
-
-def test_nothing_to_measure_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench.py", "sweep", "--prompts", "0"])
-    with pytest.raises(SystemExit) as stop:
-        bench.main()
-    assert stop.value.code == 2 and capsys.readouterr().err == "bench.py: --prompts, --tokens and --runs must be at least 1\n"
+def test_a_gguf_turns_neighbours_where_this_code_turns_halves():
+    heads, dim, angle = 3, 8, torch.rand(1, 1, 4, dtype=torch.float64)
+    weight, x = torch.randn(heads * dim, 20, dtype=torch.float64), torch.randn(20).double()
+    cos, sin = torch.cat([angle, angle], -1).cos(), torch.cat([-angle, angle], -1).sin()
+    turned = rotate((weight @ x).view(1, heads, dim), cos, sin)
+    pairs = (peers.pairs_together(weight, dim) @ x).view(1, heads, dim // 2, 2)
+    turn = torch.polar(torch.ones_like(angle), angle)
+    expected = torch.view_as_real(torch.view_as_complex(pairs) * turn)
+    mine = peers.pairs_together(turned.view(-1, 1), dim).view(1, heads, dim // 2, 2)
+    torch.testing.assert_close(mine, expected)

@@ -1,77 +1,149 @@
-"""The command line: every mode, and one clear line for bad input."""
+"""The command line: every option, what goes where, and one clear line for bad input."""
 
 import io
 import json
+import os
+import resource
+import select
+import signal
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
-from helpers import tiny_config, tiny_model
+from helpers import reference_decode, tiny_config, tiny_model
+from test_tokenizer import byte_level
 
 import data
 import decode
-import kangaroo
+from decode import Round, Sampling
+from extras import kangaroo, lens
 from model import load_checkpoint, save_checkpoint
+from tokenizer import Tokenizer, visible
+
+PROMPT = "def f(x):"
+SHORT = ["--prompt", PROMPT, "--max-new-tokens", "30"]
+DRAFTED = [*SHORT, "--exit", "2", "--min-confidence", "0"]
+SAMPLED = ["--temperature", "0.8", "--top-k", "50", "--top-p", "0.9", "--seed", "7"]
+COLOURS = ("\033[32m", "\033[94m", "\033[2m", "\033[0m")
+SETTINGS = "generation_config.json"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ckpt(tmp_path_factory):
-    """A small checkpoint whose first two of four layers foresee most of what the whole says."""
+    """A small checkpoint; the first two of its four layers foresee most of what the whole says."""
     path = tmp_path_factory.mktemp("ckpt")
-    tokenizer = data.train_tokenizer(["def f(x):\n    return x + 1\n" * 40], 290, path / "tokenizer.model")
+    tokenizer = data.train_tokenizer(
+        ["def f(x):\n    return x + 1\n" * 40], 290, path / "tokenizer.model"
+    )
     config = tiny_config(vocab_size=tokenizer.vocab_size, bos=1, max_len=200, tied=True)
     save_checkpoint(tiny_model(config, damp_from=2, dtype=torch.bfloat16), path)
+    (path / SETTINGS).write_text('{"eos_token_id": []}')  # the text never ends
     return path
 
 
 @pytest.fixture
 def cli(ckpt, capsys, monkeypatch):
-    """cli("--full", stdin=b"...") -> code, out, err of decode.py on the small checkpoint."""
+    """cli("--full", stdin=b"...") -> code, out and err of decode.py on the small checkpoint."""
 
-    def call(*args, stdin=b"", on=ckpt):
+    def call(*args, stdin: bytes | None = b"", on=ckpt, reader=io.BytesIO):
         monkeypatch.setattr(sys, "argv", ["decode.py", "--ckpt", str(on), *args])
-        reader = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8", errors="surrogateescape")
-        monkeypatch.setattr(sys, "stdin", reader)
+        text = None if stdin is None else io.TextIOWrapper(reader(stdin), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", text)
         code = 0
         try:
             decode.main()
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()
+        assert "Traceback" not in err
         return SimpleNamespace(code=code, out=out, err=err)
 
     return call
 
 
-SHORT = ["--prompt", "def f(x):", "--max-new-tokens", "30"]
+@pytest.fixture
+def terminal(monkeypatch):
+    """terminal(True) makes stdout a terminal, terminal(False) a pipe."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+    def switch(on: bool) -> None:
+        monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: on, raising=False)
+
+    return switch
+
+
+def copy_of(ckpt: Path, path: Path) -> Path:
+    """A copy of the checkpoint, to be changed."""
+    for source in ckpt.iterdir():
+        (path / source.name).write_bytes(source.read_bytes())
+    return path
+
+
+def uncoloured(text: str) -> str:
+    for code in COLOURS:
+        text = text.replace(code, "")
+    return text
+
+
+def assert_one_line(run, name="decode.py"):
+    assert run.code == 2 and run.out == "", run
+    assert run.err.startswith(f"{name}: ") and run.err.count("\n") == 1, run.err
+    assert 20 < len(run.err) < 520 and run.err[:-1].isprintable(), run.err
+
+
+def assert_usage(run):
+    """A refusal of argparse: the options, then one line."""
+    assert run.code == 2 and run.out == "" and run.err.startswith("usage: decode.py "), run
+    assert run.err.splitlines()[-1].startswith("decode.py: error: ")
+
+
+# --------------------------------------------------------------------------------------------------
+# Text
 
 
 def test_text_goes_to_stdout_and_statistics_to_stderr(cli):
-    run = cli(*SHORT, "--exit", "2", "--min-confidence", "0")
+    run = cli(*DRAFTED)
     assert run.code == 0 and len(run.out) > 5 and "\033[" not in run.out
-    assert "30 tokens in" in run.err and "accepted" in run.err and "tokens per round" in run.err
-
-
-def test_compiled_text_is_compared_too(cli):
-    run = cli(*SHORT, "--exit", "2", "--compile", "--compare")
-    assert run.code == 0 and "compiling for exits 2" in run.err and "identical to the full model (30 tokens, logits equal to the last bit)" in run.err
+    for part in ("30 tokens in", "tokens/s", "drafted tokens accepted", "tokens per round"):
+        assert part in run.err and part not in run.out
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "auto"])
-@pytest.mark.parametrize("how", [[], ["--temperature", "0.8", "--top-p", "0.9", "--top-k", "50", "--seed", "7"]])
+@pytest.mark.parametrize("how", [[], SAMPLED])
 def test_every_exit_and_draft_length_prints_the_full_models_text(cli, dtype, how):
-    full = cli(*SHORT, *how, "--dtype", dtype, "--full").out
-    for exit_layer, draft_len in (1, 3), (2, 8), (3, 1):
-        assert cli(*SHORT, *how, "--dtype", dtype, "--exit", str(exit_layer), "--draft", str(draft_len)).out == full
+    options = [*SHORT, *how, "--dtype", dtype]
+    full = cli(*options, "--full").out
+    for drafting in (("1", "3"), ("2", "8"), ("3", "1"), ("3", "15")):
+        given = zip(("--exit", "--draft"), drafting)
+        assert cli(*options, *(word for pair in given for word in pair)).out == full
 
 
-def test_compare_says_identical_and_how_fast(cli):
-    run = cli(*SHORT, "--compare", "--exit", "2")
-    assert "identical to the full model (30 tokens, logits equal to the last bit)" in run.err
-    assert "NOT" not in run.err and "times its speed" in run.err
+@pytest.mark.parametrize("how, sampling", [([], Sampling()), (SAMPLED, Sampling(0.8, 50, 0.9, 7))])
+def test_the_full_models_text_is_that_of_decoding_by_hand(cli, ckpt, how, sampling):
+    model, tokenizer = load_checkpoint(ckpt, torch.float64), Tokenizer(ckpt)
+    prompt = tokenizer.encode(PROMPT)
+    ids, _, _ = reference_decode(model, prompt, 30, sampling)
+    found = json.loads(cli(*SHORT, *how, "--dtype", "float64", "--full", "--json").out)
+    assert found["ids"] == ids and found["settings"]["prompt_ids"] == prompt
+    text = tokenizer.decode(prompt + ids)
+    assert cli(*SHORT, *how, "--dtype", "float64").out == text[len(PROMPT) :] + "\n"
+
+
+def test_no_verify_is_the_early_exit_alone(cli, ckpt):
+    found = json.loads(
+        cli(*SHORT, "--no-verify", "--exit", "1", "--dtype", "float64", "--json").out
+    )
+    model, prompt = load_checkpoint(ckpt, torch.float64), found["settings"]["prompt_ids"]
+    model.model.layers, model.config = model.model.layers[:1], replace(model.config, n_layers=1)
+    ids, _, _ = reference_decode(model, prompt, 30, Sampling())
+    assert found["ids"] == ids and found["acceptance"] is None
+    assert len(found["rounds"]) == len(ids)
+    assert ids != json.loads(cli(*SHORT, "--full", "--dtype", "float64", "--json").out)["ids"]
 
 
 def test_seeds_matter_and_repeat(cli):
@@ -79,153 +151,192 @@ def test_seeds_matter_and_repeat(cli):
     assert one == again != other
 
 
-@pytest.mark.parametrize("who", ["--exit auto", "--draft-ckpt CKPT", "--skip attn:2,3,mlp:3", "--lookup", "--jacobi", "--adapter ADAPTER"])
+def test_the_number_of_new_tokens_is_kept_to_the_end_of_the_context(cli):
+    count = lambda n: len(json.loads(cli(*SHORT[:2], "--max-new-tokens", n, "--json").out)["ids"])
+    assert count("1") == 1 and count("7") == 7
+    known = len(json.loads(cli(*SHORT, "--json").out)["settings"]["prompt_ids"])
+    assert known + count("1" + "0" * 30) == 200
+
+
+@pytest.mark.parametrize("how", [["--no-exact"], ["--device", "cpu"], ["--full", "--exit", "2"]])
+def test_engines_and_options_that_do_not_matter_give_the_same_text_in_float64(cli, how):
+    assert cli(*SHORT, *how, "--dtype", "float64").out == cli(*SHORT, "--dtype", "float64").out
+
+
+# --------------------------------------------------------------------------------------------------
+# Comparing, drafters, settings
+
+
+def test_compare_says_identical_and_how_fast(cli):
+    run = cli(*DRAFTED, "--compare")
+    assert "identical to the full model (30 tokens, logits equal to the last bit), " in run.err
+    assert "NOT" not in run.err and "times its speed" in run.err and "full model: 30 t" in run.err
+    assert run.out == cli(*SHORT, "--full").out
+
+
+@pytest.mark.parametrize(
+    "full_ids, logits, said",
+    [
+        ([5, 6, 9, 8], 0, "NOT identical to the full model after 2 tokens, "),
+        ([5, 6, 7], 0, "NOT identical to the full model after 3 tokens, "),
+        ([5, 6, 7, 8], 1, "\nidentical to the full model (4 tokens), "),
+        (
+            [5, 6, 7, 8],
+            0,
+            "\nidentical to the full model (4 tokens, logits equal to the last bit), ",
+        ),
+    ],
+)
+def test_compare_says_where_texts_part_and_whether_logits_differ(
+    cli, monkeypatch, full_ids, logits, said
+):
+    runs: list = []
+
+    def generate(*args, **settings):
+        full = len(runs) % 4 == 3  # two runs warm up, then come the drafted and the full one
+        runs.append(settings)
+        for token in full_ids if full else [5, 6, 7, 8]:
+            yield Round([], 0, [token], torch.full((1, 3), float(full * logits)), 0.0, 0.0)
+
+    monkeypatch.setattr(decode, "generate", generate)
+    assert said in cli(*SHORT, "--compare").err
+    found = json.loads(cli(*SHORT, "--compare", "--json").out)
+    assert found["identical"] == (full_ids == [5, 6, 7, 8]) and found["full_ids"] == full_ids
+    assert [r["max_new_tokens"] for r in runs] == 2 * [16, 16, 30, 30]
+    assert [r["exit_layer"] for r in runs] == 4 * [1, 0]
+
+
+@pytest.mark.parametrize(
+    "who", ["lookup", "jacobi", "model:CKPT", "kangaroo:ADAPTER", "skip:attn:2,3,mlp:3"]
+)
 def test_whoever_drafts_the_text_is_the_full_models(cli, ckpt, tmp_path, who):
     torch.manual_seed(0)
-    model = load_checkpoint(ckpt)
-    kangaroo.save_adapter(kangaroo.Adapter(model.config, 2), tmp_path, {})
-    options = who.replace("CKPT", str(ckpt)).replace("ADAPTER", str(tmp_path)).split()
-    options += ["--min-confidence", "0"]
-    run = cli(*SHORT, *options, "--compare", "--temperature", "0.7")
-    assert run.code == 0 and "identical to the full model" in run.err and "drafted tokens accepted" in run.err
-    found = json.loads(cli(*SHORT, *options, "--json").out)
-    assert found["settings"]["drafter"] and found["acceptance"] is not None
+    kangaroo.save_adapter(kangaroo.Adapter(load_checkpoint(ckpt).config, 2), tmp_path, {})
+    who = who.replace("CKPT", str(ckpt)).replace("ADAPTER", str(tmp_path))
+    options = [*SHORT, "--drafter", who, "--min-confidence", "0", "--temperature", "0.7"]
+    run = cli(*options, "--compare")
+    assert run.code == 0 and "drafted tokens accepted" in run.err
+    assert "identical to the full model (30 tokens, logits equal to the last bit)" in run.err
+    found = json.loads(cli(*options, "--json").out)
+    assert found["settings"]["drafter"] == who and found["acceptance"] is not None
+    assert found["settings"]["min_confidence"] == 0  # an adapter's own would be another
 
 
-@pytest.mark.parametrize("bad", ["--exit some", "--skip x", "--skip attn:9", "--adapter none", "--draft-ckpt none", "--lookup --jacobi", "--lookup --exit 2", "--adapter none --full"])
-def test_drafters_that_cannot_be_are_one_clear_message(cli, bad):
-    run = cli(*SHORT, *bad.split())
-    assert run.code == 2 and "decode.py: " in run.err.splitlines()[-1] and "Traceback" not in run.err and not run.out
+def test_exit_auto_chooses_from_the_prompt_and_options_given_hold(cli, monkeypatch):
+    seen, real = [], lens.choose_exit
+
+    def choose_exit(model, prompt_ids, settings):
+        seen.append((prompt_ids, settings["min_confidence"]))
+        return real(model, prompt_ids, settings)
+
+    monkeypatch.setattr(lens, "choose_exit", choose_exit)
+    options = ["--prompt", PROMPT * 5, "--max-new-tokens", "30", "--exit", "auto"]
+    run = cli(*options, "--compare", "--min-confidence", "0.25")
+    assert "identical to the full model (30 tokens" in run.err
+    found = json.loads(cli(*options, "--draft", "3", "--json").out)["settings"]
+    assert 1 <= found["exit_layer"] <= 3 and found["draft_len"] == 3 and found["drafter"] is None
+    assert seen[0] == (found["prompt_ids"], 0.25) and len(found["prompt_ids"]) >= 16
 
 
-def test_confident_exit_says_how_many_layers_it_ran(cli):
-    run = cli(*SHORT, "--exit-confidence", "0.1", "--exit", "1")
-    assert run.code == 0 and "layers per token, from 1 to 4" in run.err
-    assert cli(*SHORT, "--exit-confidence", "1").out == cli(*SHORT, "--full").out
+@pytest.mark.parametrize(
+    "who",
+    ["", "some", "lookup:1", "skip:x", "skip:attn:9", "kangaroo:none", "model:none", "model:"],
+)
+def test_drafters_that_cannot_be_are_one_line(cli, who):
+    assert_one_line(cli(*SHORT, "--drafter", who))
 
 
-@pytest.mark.parametrize("kept", ["0::2", "0,2", "0:1,2"])
-def test_every_other_layer_alone_is_a_model_of_half_the_layers(cli, kept):
-    run = cli(*SHORT, "--keep-layers", kept, "--compare")
-    assert run.code == 0 and "identical to the full model" in run.err
-    assert run.out == cli(*SHORT, "--keep-layers", "0,2", "--full").out != cli(*SHORT, "--full").out
+def test_defaults_come_with_the_checkpoint_and_options_beat_them(cli, ckpt, tmp_path):
+    def settings(text: str, *options) -> tuple:
+        (copy_of(ckpt, tmp_path) / SETTINGS).write_text(text)
+        found = json.loads(cli(*SHORT, *options, "--json", on=tmp_path).out)["settings"]
+        names = ("exit_layer", "draft_len", "min_confidence", "eos")
+        return tuple(found[name] for name in names)
+
+    stored = json.dumps(
+        dict(
+            assistant_early_exit=3,
+            num_assistant_tokens=2,
+            assistant_confidence_threshold=0.0,
+            eos_token_id=[2, 5],
+        )
+    )
+    given = "--exit", "1", "--draft", "5", "--min-confidence", "0.5"
+    assert settings("{}") == (1, 6, 0.3, [Tokenizer(ckpt).eos])
+    assert settings(stored) == (3, 2, 0.0, [2, 5])
+    assert settings(stored, *given) == (1, 5, 0.5, [2, 5])
+    # 20 is transformers' own default, longer than a pass here may be.
+    assert settings('{"num_assistant_tokens": 20, "eos_token_id": 0}')[1::2] == (15, [0])
 
 
-@pytest.mark.parametrize("bad", ["x", "0,9", "", "0::0", "0:2:1:1", "3", "--exit-confidence 2", "--exit-confidence -1"])
-def test_layers_and_confidence_that_cannot_be_are_one_line(cli, bad):
-    run = cli(*SHORT, *(bad.split() if bad.startswith("--") else ["--keep-layers", bad]))
-    assert run.code == 2 and run.err.startswith("decode.py: ") and run.err.count("\n") == 1 and not run.out
+# --------------------------------------------------------------------------------------------------
+# JSON, stdin, conversation
 
 
-def test_no_verify_is_another_decoding(cli):
-    run = cli(*SHORT, "--no-verify", "--exit", "1", "--json")
-    assert run.out != cli(*SHORT, "--full", "--json").out
-    found = json.loads(run.out)
-    assert found["acceptance"] is None and len(found["ids"]) == len(found["rounds"]) == 30
-
-
-def test_json_is_one_object_with_every_field(cli):
+def test_json_is_one_object_with_every_field(cli, ckpt):
     run = cli(*SHORT, "--json", "--compare", "--exit", "2", "--draft", "4", "--seed", "3")
     found = json.loads(run.out)
-    assert set(found) == {
-        "text", "ids", "rounds", "settings", "seconds", "tokens_per_second", "acceptance", "full_ids", "identical", "speedup"
-    }  # fmt: skip
+    plain = {"text", "ids", "rounds", "settings", "seconds", "tokens_per_second", "acceptance"}
+    compared = {"full_ids", "identical", "speedup"}
+    assert found.keys() == plain | compared and run.err == "" and run.out.count("\n") == 1
     assert found["identical"] is True and found["full_ids"] == found["ids"]
-    assert [t for r in found["rounds"] for t in r["emitted"]] == found["ids"] and len(found["ids"]) == 30
-    assert found["settings"]["exit_layer"] == 2 and found["settings"]["draft_len"] == 4
+    assert [t for r in found["rounds"] for t in r["emitted"]] == found["ids"]
+    for r in found["rounds"]:
+        assert r["drafted"][: r["accepted"]] == r["emitted"][: r["accepted"]]
+        assert len(r["drafted"]) <= 4 and r["accepted"] <= len(r["emitted"])
+    drafted = sum(len(r["drafted"]) for r in found["rounds"])
+    assert found["acceptance"] == sum(r["accepted"] for r in found["rounds"]) / drafted
+    assert found["seconds"] * found["tokens_per_second"] == pytest.approx(len(found["ids"]))
+    settings = found["settings"]
+    assert (settings["exit_layer"], settings["draft_len"]) == (2, 4)
+    assert settings["max_new_tokens"] == len(found["ids"]) == 30
+    assert settings["sampling"] == dict(temperature=0.0, top_k=0, top_p=1.0, seed=3)
+    assert (settings["ckpt"], settings["prompt"]) == (str(ckpt), PROMPT)
     assert cli(*SHORT).out == found["text"] + "\n"
-    assert not {"full_ids", "identical", "speedup"} & set(json.loads(cli(*SHORT, "--json").out))
+    assert json.loads(cli(*SHORT, "--json").out).keys() == plain
 
 
 def test_the_prompt_comes_from_stdin(cli):
-    assert cli("-", "--max-new-tokens", "30", stdin=b"def f(x):").out == cli(*SHORT).out
+    assert cli("-", "--max-new-tokens", "30", stdin=PROMPT.encode()).out == cli(*SHORT).out
+    found = json.loads(cli("-", "--json", "--max-new-tokens", "1", stdin="é\n ".encode()).out)
+    assert found["settings"]["prompt"] == "é\n "
 
 
-def test_interactive_completes_one_prompt_after_another(cli):
-    run = cli("--interactive", "--max-new-tokens", "30", stdin=b"def f(x):\n\nreturn x\n" + b"x" * 400 + b"\nreturn x\n")
-    assert run.code == 0 and run.out.startswith(cli(*SHORT).out)
-    assert run.err.count("tokens/s") == 3 and "the context of 200" in run.err
+def test_a_conversation_completes_one_prompt_after_another_whatever_comes_between(cli):
+    lines = [PROMPT, "", "return x", "x" * 400, "caf\udce9", "\ud7ff", "return x\r"]
+    stdin = "\n".join(lines).encode(errors="surrogateescape")
+    run = cli("--interactive", "--max-new-tokens", "30", stdin=stdin)
+    good = [PROMPT, "return x", lines[5], "return x"]
+    texts = [cli("--max-new-tokens", "30", "--prompt", text).out for text in good]
+    assert run.code == 0 and run.out == "".join(texts)
+    refused = [line for line in run.err.splitlines() if line.startswith("decode.py: ")]
+    assert [("empty" in line, "context" in line, "utf-8" in line) for line in refused] == [
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ]
+    assert run.err.count("tokens/s") == 4
 
 
-def test_a_terminal_gets_colours_and_a_legend(cli, monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    for tty in (True, False):
-        monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: tty, raising=False)
-        run = cli(*SHORT, "--exit", "2", "--min-confidence", "0")
-        assert ("\033[32m" in run.out and "\033[94m" in run.out and "the verifier's own" in run.err) == tty
-    plain = run.out
-    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True, raising=False)
-    coloured = cli(*SHORT, "--exit", "2", "--min-confidence", "0").out
-    for code in ("\033[32m", "\033[94m", "\033[0m", "\033[2m"):
-        coloured = coloured.replace(code, "")
-    assert coloured == "def f(x):" + plain
+def test_a_conversation_in_json_is_an_object_a_line(cli):
+    stdin = f"{PROMPT}\nreturn x\n".encode()
+    run = cli("--interactive", "--json", "--max-new-tokens", "3", stdin=stdin)
+    prompts = [json.loads(line)["settings"]["prompt"] for line in run.out.splitlines()]
+    assert run.code == 0 and prompts == [PROMPT, "return x"] and run.err == ""
 
 
-def test_defaults_come_with_the_checkpoint(cli, ckpt):
-    file = ckpt / "generation_config.json"
-    file.write_text('{"assistant_early_exit": 3, "num_assistant_tokens": 2, "assistant_confidence_threshold": 0.0, "eos_token_id": [2, 5]}')
-    try:
-        settings = json.loads(cli(*SHORT, "--json").out)["settings"]
-        assert (settings["exit_layer"], settings["draft_len"], settings["min_confidence"], settings["eos"]) == (3, 2, 0.0, [2, 5])
-        file.write_text('{"num_assistant_tokens": 20, "eos_token_id": 0}')  # 20 is transformers' own default
-        settings = json.loads(cli(*SHORT, "--json").out)["settings"]
-        assert settings["draft_len"] == 15 and settings["eos"] == [0]
-        for bad in ("{", '{"eos_token_id": "x"}', '{"assistant_early_exit": 1.5}'):
-            file.write_text(bad)
-            assert_one_line(cli(*SHORT))
-    finally:
-        file.unlink()
+def test_settings_that_cannot_run_are_said_for_each_prompt(cli):
+    run = cli("--interactive", "--draft", "0", stdin=b"a\nb\n")
+    assert run.code == 0 and run.out == ""
+    assert run.err == 2 * "decode.py: the draft length must be from 1 to 15, not 0\n"
 
 
-def assert_one_line(run):
-    assert run.code == 2 and run.out == "" and run.err.startswith("decode.py: ") and run.err.count("\n") == 1, run.err
-
-
-BAD = {
-    "missing directory": ["--ckpt", "/nonexistent"],
-    "exit 0": ["--exit", "0"],
-    "exit beyond the last layer": ["--exit", "4"],
-    "negative exit": ["--exit", "-1"],
-    "draft 0": ["--draft", "0"],
-    "draft too long": ["--draft", "16"],
-    "empty prompt": ["--prompt", ""],
-    "prompt longer than the context": ["--prompt", "x " * 400],
-    "prompt that is no text": ["--prompt", "\udcff"],
-    "no tokens": ["--max-new-tokens", "0"],
-    "confidence above one": ["--min-confidence", "1.5"],
-    "negative temperature": ["--temperature", "-1"],
-    "temperature nan": ["--temperature", "nan"],
-    "top-p 0": ["--top-p", "0"],
-    "negative top-k": ["--top-k", "-2"],
-    "negative seed": ["--seed", "-1"],
-    "unknown device": ["--device", "toaster"],
-    "absent device": ["--device", "cuda:77"],
-    "device without memory": ["--device", "meta"],
-    "interactive and compare": ["--interactive", "--compare"],
-    "a figure in no directory": ["--lens", "--lens-png", "/nonexistent/lens.png"],
-    "prompt given twice": ["-", "--prompt", "x"],
-    "interactive with a prompt": ["--interactive", "--prompt", "x"],
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_code_two(cli, case):
-    assert_one_line(cli(*BAD[case]))
-
-
-def test_stdin_that_is_not_utf8_is_one_line(cli):
-    assert_one_line(cli("-", stdin=b"abc\xff\xfe"))
-    assert_one_line(cli("-", stdin=b""))
-    assert_one_line(cli("-", stdin=None))
-
-
-def test_a_line_that_is_not_utf8_does_not_end_the_conversation(cli):
-    run = cli("--interactive", "--max-new-tokens", "30", stdin=b"caf\xe9\ndef f(x):\n")
-    assert run.code == 0 and run.err.count("decode.py: ") == 1 and run.err.count("tokens/s") == 1
+# --------------------------------------------------------------------------------------------------
+# Interrupts and terminals
 
 
 @pytest.mark.parametrize("how", [[], ["--compare"], ["--json"], ["--compare", "--json"]])
-@pytest.mark.parametrize("after", [0, 1, 4, 50])
+@pytest.mark.parametrize("after", [0, 1, 18, 35, 70])
 def test_an_interrupt_shows_what_was_done_and_claims_nothing(cli, monkeypatch, how, after):
     """After so many rounds, counted over warm-up, draft and comparison."""
     count, real = [0], decode.generate
@@ -238,31 +349,318 @@ def test_an_interrupt_shows_what_was_done_and_claims_nothing(cli, monkeypatch, h
             yield r
 
     monkeypatch.setattr(decode, "generate", interrupted)
-    run = cli(*SHORT, "--exit", "1", "--min-confidence", "0", *how)
-    finished = after == 50 and "--compare" not in how
+    run = cli(*SHORT, "--exit", "1", "--draft", "1", *how)
+    finished = count[0] < after
     assert run.code == (0 if finished else 130)
-    assert "identical" not in run.err and "Traceback" not in run.err
-    assert (run.out != "") == finished or "--json" not in how
+    assert finished or ("identical" not in run.err and "full model" not in run.err)
+    if "--json" in how:
+        assert (run.out != "") == finished and run.err == ""
+    else:
+        assert run.out == "" or run.out.endswith("\n")
+        assert (run.out != "") == ("tokens/s" in run.err) == (after > 0 if not how else after > 32)
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.model"])
-def test_a_missing_file_is_one_line(cli, ckpt, tmp_path, file):
-    for source in ckpt.iterdir():
-        if source.name != file:
-            (tmp_path / source.name).write_bytes(source.read_bytes())
-    run = cli(*SHORT, on=tmp_path)
+def test_an_interrupt_at_the_prompt_ends_the_conversation_quietly(cli):
+    class Typing(io.BytesIO):
+        def readline(self, *_):
+            raise KeyboardInterrupt
+
+    run = cli("--interactive", reader=Typing)
+    assert (run.code, run.out, run.err) == (130, "", "")
+
+
+def test_a_terminal_gets_the_prompt_and_colours_and_a_pipe_the_text_alone(cli, terminal):
+    terminal(False)
+    plain = cli(*DRAFTED).out
+    assert "\033" not in plain
+    terminal(True)
+    coloured = cli(*DRAFTED).out
+    assert all(code in coloured for code in COLOURS)
+    assert coloured.startswith(f"\033[2m{PROMPT}\033[0m")
+    assert uncoloured(coloured) == PROMPT + visible(plain)
+    assert "\033[32m" not in cli(*SHORT, "--full").out  # green is for accepted drafts
+
+
+def test_no_color_leaves_the_text_alone(cli, terminal, monkeypatch):
+    terminal(True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    bare = cli(*DRAFTED).out
+    monkeypatch.delenv("NO_COLOR")
+    assert "\033" not in bare and bare == uncoloured(cli(*DRAFTED).out)
+
+
+def test_a_terminal_gets_no_control_characters_and_a_pipe_gets_all(
+    cli, ckpt, terminal, monkeypatch
+):
+    codes = "\x1b]0;owned\x07\r\x9b2J\x00\x7f"
+    ids = Tokenizer(ckpt).encode("a" + codes, bos=False)
+
+    def generate(*args, **settings):
+        for token in ids:
+            yield Round([], 0, [token], torch.zeros(1, 3), 0.0, 0.0)
+
+    monkeypatch.setattr(decode, "generate", generate)
+    prompt = ["--prompt", f"x\t\n{codes}"]
+    terminal(False)
+    assert codes in cli(*prompt).out
+    for bare in (False, True):
+        terminal(True)
+        if bare:
+            monkeypatch.setenv("NO_COLOR", "")
+        text = uncoloured(cli(*prompt).out)
+        assert text.startswith("x\t\n") and text.count(r"\x1b]0;owned\x07\x0d\x9b2J\x00\x7f") == 2
+        assert all(c.isprintable() for c in text.replace("\t", "").replace("\n", ""))
+
+
+@pytest.mark.parametrize("bad", ["--draft=0", "--max-new-tokens=0", "--prompt=" + "x " * 400])
+def test_a_terminal_gets_one_line_for_what_cannot_run(cli, terminal, bad):
+    terminal(True)
+    assert_one_line(cli(bad))
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad input
+
+BAD = {
+    "missing directory": ["--ckpt", "/nonexistent"],
+    "a file for a directory": ["--ckpt", __file__],
+    "a name too long": ["--ckpt", "x" * 5000],
+    "control characters in a name": ["--ckpt", "/\x1b[31m\n\x07"],
+    "exit 0": ["--exit", "0"],
+    "exit beyond the last layer": ["--exit", "4"],
+    "negative exit": ["--exit", "-1"],
+    "exit that is no number": ["--exit", "some"],
+    "exit of many digits": ["--exit", "9" * 5000],
+    "draft 0": ["--draft", "0"],
+    "draft too long": ["--draft", "16"],
+    "empty prompt": ["--prompt", ""],
+    "prompt longer than the context": ["--prompt", "x " * 400],
+    "prompt that is not UTF-8": ["--prompt", "caf\udce9"],
+    "prompt with half a character": ["--prompt", "\ud83d"],
+    "no tokens": ["--max-new-tokens", "0"],
+    "negative tokens": ["--max-new-tokens", "-5"],
+    "confidence one": ["--min-confidence", "1"],
+    "negative confidence": ["--min-confidence", "-0.1"],
+    "confidence nan": ["--min-confidence", "nan"],
+    "negative temperature": ["--temperature", "-1"],
+    "temperature nan": ["--temperature", "nan"],
+    "temperature infinite": ["--temperature", "inf"],
+    "top-p 0": ["--top-p", "0"],
+    "top-p above one": ["--top-p", "1.01"],
+    "top-p nan": ["--top-p", "nan"],
+    "negative top-k": ["--top-k", "-2"],
+    "negative seed": ["--seed", "-1"],
+    "seed of 65 bits": ["--seed", str(2**64)],
+    "early exit of another drafter": ["--no-verify", "--drafter", "lookup"],
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_two(cli, case):
+    assert_one_line(cli(*BAD[case]))
+
+
+@pytest.mark.parametrize("name", ["toaster", "", "\x1b[31m", "cuda:77", "meta", "privateuseone"])
+def test_a_device_that_cannot_be_used_is_one_line(cli, name):
+    run = cli(*SHORT, "--device", name)
     assert_one_line(run)
+    assert f"device {name!r} cannot be used: " in run.err
+
+
+@pytest.mark.parametrize("stdin", [b"abc\xff\xfe", b"", None])
+def test_a_bad_prompt_on_stdin_is_one_line(cli, stdin):
+    assert_one_line(cli("-", stdin=stdin))
+
+
+def test_stdin_may_be_closed_where_nobody_reads_it(cli):
+    assert cli(*SHORT, stdin=None).out == cli(*SHORT).out
+    assert_one_line(cli("--interactive", stdin=None))
+
+
+CLASHES = [
+    "- --prompt x",
+    "- --interactive",
+    "--interactive --prompt x",
+    "--exit 2 --drafter lookup",
+    "--exit auto --drafter lookup",
+    "--full --compare",
+    "--full --no-verify",
+    "--no-verify --compare",
+    "--no-exact --compile",
+]
+NO_VALUES = [
+    "--max-new-tokens many",
+    "--draft 1.5",
+    "--seed 1e3",
+    "--temperature warm",
+    "--top-k",
+    "--dtype float16",
+    "--unknown",
+    "prompt",
+]
+
+
+@pytest.mark.parametrize("options", CLASHES + NO_VALUES)
+def test_options_that_clash_or_have_no_value_are_refused_with_the_usage(cli, options):
+    assert_usage(cli(*options.split()))
+
+
+def test_help_names_every_option(cli):
+    run = cli("--help")
+    assert run.code == 0 and run.err == "" and len(decode.parser()._actions) > 20
+    for action in decode.parser()._actions:
+        assert all(option in run.out for option in action.option_strings) and action.help != ""
+
+
+DAMAGES = {
+    "missing": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
+    "other bytes": lambda file: file.write_bytes(b"\x00\x1b\xff\n" * 50),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-9]),
+    "a directory": lambda file: (file.unlink(), file.mkdir()),
+}
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.model", SETTINGS])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_one_line(cli, ckpt, tmp_path, file, damage):
+    copy_of(ckpt, tmp_path)
+    DAMAGES[damage](tmp_path / file)
+    run = cli(*SHORT, on=tmp_path)
+    if (file, damage) == (SETTINGS, "missing"):
+        assert run.code == 0
+    else:
+        assert_one_line(run)
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": "x"}', '{"assistant_early_exit": 1.5}', "[]"])
+def test_generation_settings_of_a_wrong_kind_are_one_line(cli, ckpt, tmp_path, text):
+    (copy_of(ckpt, tmp_path) / SETTINGS).write_text(text)
+    assert_one_line(cli(*SHORT, on=tmp_path))
 
 
 def test_a_tokenizer_larger_than_the_model_is_one_line(cli, ckpt, tmp_path):
     save_checkpoint(tiny_model(tiny_config(vocab_size=61)), tmp_path)
     (tmp_path / "tokenizer.model").write_bytes((ckpt / "tokenizer.model").read_bytes())
+    run = cli(*SHORT, on=tmp_path)
+    assert_one_line(run)
+    assert "the tokenizer has 290 tokens, the model only 61" in run.err
+
+
+def test_a_tokenizer_that_makes_its_library_panic_is_one_line(cli, ckpt, tmp_path):
+    (copy_of(ckpt, tmp_path) / "tokenizer.model").unlink()
+    byte_level(tmp_path)
+    found = json.loads((tmp_path / "tokenizer.json").read_text())
+    found["post_processor"]["special_tokens"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
     assert_one_line(cli(*SHORT, on=tmp_path))
 
 
-def test_the_real_process_pipes_and_exits_as_promised(ckpt):
-    command = [sys.executable, str(ROOT / "decode.py"), "--ckpt", str(ckpt)]
-    run = subprocess.run([*command, "--max-new-tokens", "5", "-"], input=b"def f", capture_output=True, cwd="/")
-    assert run.returncode == 0 and run.stdout.endswith(b"\n") and b"5 tokens" in run.stderr
-    run = subprocess.run([*command, "--exit", "99"], capture_output=True)
-    assert run.returncode == 2 and run.stdout == b"" and run.stderr.count(b"\n") == 1
+def test_sizes_whose_product_is_no_number_of_bytes_are_one_line(cli, ckpt, tmp_path):
+    config = json.loads((copy_of(ckpt, tmp_path) / "config.json").read_text())
+    for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        config[name] = 2**27
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_one_line(cli(*SHORT, on=tmp_path))
+
+
+@pytest.mark.parametrize("how", [[], ["--full", "--json"], ["--drafter", "lookup"]])
+def test_memory_that_is_not_there_is_one_line(cli, ckpt, tmp_path, how):
+    """The keys of 10^8 positions take 51 GB, which the process may not have."""
+    config = json.loads((copy_of(ckpt, tmp_path) / "config.json").read_text())
+    config["max_position_embeddings"] = 2**27
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (40 << 30, limits[1]))
+    try:
+        options = ["--max-new-tokens", "100000000", "--dtype", "float64"]
+        assert_one_line(cli(*options, *how, on=tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_a_fault_of_the_code_is_not_taken_for_bad_input(cli, monkeypatch):
+    def generate(*args, **settings):
+        raise RuntimeError("shapes do not match")
+        yield
+
+    monkeypatch.setattr(decode, "generate", generate)
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli(*SHORT)
+
+
+# --------------------------------------------------------------------------------------------------
+# Real processes
+
+
+def process(ckpt, *args, redirect="", **how) -> subprocess.Popen:
+    """decode.py as a shell starts it, with its streams redirected."""
+    shell = ["sh", "-c", f'exec "$@" {redirect}', "sh"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) | how
+    command = [*shell, sys.executable, str(ROOT / "decode.py"), "--ckpt", str(ckpt), *args]
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def test_a_process_in_a_pipeline_reads_and_writes_bytes(ckpt):
+    run = process(ckpt, "-", "--max-new-tokens", "5", stdin=subprocess.PIPE, cwd="/")
+    out, err = run.communicate(b"def f")
+    assert run.returncode == 0 and out.endswith(b"\n") and err.count(b"5 tokens in") == 1
+
+
+def test_a_program_can_talk_with_it_in_json(ckpt):
+    pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    run = process(ckpt, "--interactive", "--json", "--max-new-tokens", "2", **pipes)
+    for prompt in ("def f", "é"):
+        run.stdin.write(prompt.encode() + b"\n")
+        run.stdin.flush()
+        assert select.select([run.stdout], [], [], 100)[0], "no answer while the input is open"
+        assert json.loads(run.stdout.readline())["settings"]["prompt"] == prompt
+    assert run.communicate() == (b"", None) and run.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "redirect, code, said",
+    [
+        (">&-", 2, "closed"),
+        (">/dev/full", 2, "No space left"),
+        ("2>&-", 0, ""),
+        ("2>&- >&-", 2, ""),
+    ],
+)
+def test_streams_that_cannot_be_written_end_in_an_exit_code_and_at_most_one_line(
+    ckpt, redirect, code, said
+):
+    run = process(ckpt, *SHORT, redirect=redirect)
+    out, err = (stream.decode() for stream in run.communicate())
+    assert run.returncode == code and said in err and err.count("\n") == bool(said)
+    assert (out == "") == (code == 2) and "tokens/s" not in out
+
+
+@pytest.mark.parametrize("how", [[], ["--json"]])
+def test_a_reader_that_has_gone_ends_the_command_quietly(ckpt, how):
+    run = process(ckpt, *SHORT, *how)
+    run.stdout.close()
+    run.stdout = None
+    assert run.communicate()[1] == b"" and run.returncode == 1
+
+
+def test_ctrl_c_leaves_whole_lines_and_the_statistics(ckpt, tmp_path):
+    config = json.loads((copy_of(ckpt, tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**5}))
+    run = process(tmp_path, *SHORT[:2], "--max-new-tokens", "99999")
+    first = run.stdout.read(20)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate()
+    assert run.returncode == 130 and len(first) == 20 and out.endswith(b"\n")
+    assert b"tokens/s" in err and b"Traceback" not in err
+
+
+def test_a_prompt_is_asked_for_on_a_terminal_beside_the_text(ckpt):
+    keyboard, terminal = os.openpty()
+    os.write(keyboard, PROMPT.encode() + b"\n\x04")  # Ctrl-D ends
+    run = process(ckpt, "--interactive", *SHORT[2:], stdin=terminal)
+    out, err = run.communicate()
+    os.close(terminal), os.close(keyboard)
+    assert run.returncode == 0 and err.count(b"prompt> ") == 2 and b"prompt" not in out
+    assert out.endswith(b"\n") and err.count(b"tokens/s") == 1

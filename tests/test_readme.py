@@ -1,228 +1,216 @@
-"""README.md: every command parses, those that can run do run, every link leads somewhere, the Python blocks work.
+"""README.md: its commands parse and run, its Python blocks work, it quotes the code as it is.
 
-Commands run as printed but for what the table RUN puts behind them, in a copy of the repository: what they write goes there.
-A new command in the README must be added to RUN or, with a reason, to NOT_RUN.
+Commands run as printed but for the options that RUN adds, in a folder of their own: what they write
+goes there. A new command in the README must be added to RUN or, with a reason, to NOT_RUN.
 """
 
 import argparse
 import io
-import json
 import re
 import runpy
 import shlex
 import shutil
 import signal
 import sys
-from fnmatch import fnmatchcase
+import warnings
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "docs/walkthrough.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
-SHORT = "--max-new-tokens 16"
-FEW = "--tokens 16 --runs 1"
-TINY = "--data corpus --dim 16 --hidden-dim 32 --heads 2 --kv-heads 1 --head-dim 8 --seq 32 --batch 2 --no-compile"
+SHORT = "--max-new-tokens 12"
+TINY = "--data corpus --minutes 0.01 --layers 2 --dim 16 --hidden-dim 32 --heads 2 --kv-heads 1"
+TINY += " --head-dim 8 --vocab 280 --seq 32 --batch 2 --no-compile"
 
 RUN = {  # command: options that follow it here, so that it ends soon
-    'python decode.py --ckpt checkpoints/pystdlib --exit 8 --draft 6 --prompt "def quicksort(" --max-new-tokens 256': SHORT,
+    "python decode.py --compare": SHORT,
+    'python decode.py --prompt "def quicksort(" --exit 8 --draft 6': SHORT,
     "python decode.py --temperature 0.8 --top-p 0.9 --seed 7": SHORT,
-    "python decode.py --full": SHORT,
     "python decode.py --no-verify": SHORT,
-    "python decode.py --exit-confidence 0.9": SHORT,
-    "python decode.py --interactive": SHORT,
-    "python decode.py -": SHORT,
-    "python decode.py --json": SHORT,
-    "python decode.py --exit auto": SHORT,
-    "python decode.py --keep-layers 0::2": SHORT,
-    'python decode.py --lens --prompt "with open(path"': "--max-new-tokens 2",
-    'python decode.py --prompt "with open(path" --max-new-tokens 8 --lens-png docs/lens.png': "--max-new-tokens 2",
-    "python decode.py --trace": SHORT,
-    "python decode.py --trace-json trace.json": SHORT,
-    "python docs/round.py": "",
-    "python bench.py memory": "--tokens 8",
-    "python bench.py ideal": "--shape 8m --prompts 2 --tokens 16 --runs 1 --alphas 0.8",
-    "python bench.py sweep": "--exits 6 --drafts 4 --prompts 4 --tokens 16",
-    "python bench.py sweep --exits 2,3,4,6 --drafts 5,8,12 --min-confidence 0.2": "--drafts 5 --exits 3 --prompts 4 --tokens 16",
-    "python bench.py speedup": FEW + " --prompts 2",
-    "python bench.py drafters": FEW + " --prompts 1 --tries 2",
-    "python bench.py auto": FEW + " --prompts 4 --exits 6 --drafts 4",
-    "python bench.py coupling --prompts 8 --exits 3,6": "--prompts 2",
-    "python kangaroo.py train --exit 2": "--data corpus --steps 2 --batch 2 --seq 32",
-    "python train.py --out runs/small --minutes 10": TINY + " --minutes 0.02 --layers 2 --vocab 280",
+    "python -m extras.trace": SHORT,
+    'python -m extras.lens --prompt "with open(path" --max-new-tokens 8 --png docs/lens.png': "",
+    "python train.py --out runs/small --minutes 10": TINY,
     "python decode.py --ckpt runs/small --compare": SHORT,
-    "python train.py --out runs/tuned --init runs/small --data pairs.jsonl --phase finetune": "--steps 2 --seq 32 --batch 2 --no-compile",
-    "python train.py --out runs/pystdlib --steps 2700 --p-max 0.2 --dropout-time constant --exits 2,3,4,6,8,12,16,20 --rotation 2 "
-    "--uniform-exits --e-scale 0.3 --lr 2e-3 --warmup 150 --save-every 300": TINY + " --steps 2 --layers 24 --vocab 280",
 }
-NOT_RUN = {  # pattern of commands: why
-    "python decode.py --ckpt layerskip-*": "the weights are gated and up to 138 GB",
-    "torchrun --nproc-per-node 8 *": "eight processes; test_resume.py trains with two",
-    "python bench.py train --runs 3": "needs transformers, and minutes",
-    "python bench.py peers*": "needs transformers",
-    "python bench.py speedup *": "compiles 24 layers for a minute; test_cli.py compiles four; without --compile it runs, above",
-    "python bench.py roofline --shape 1b *": "needs 2.5 GB, and compiles; test_bench.py makes that table of a small shape",
-    "python bench.py ideal --dtype bfloat16 *": "the same",
-    "python tests/load_1b.py": "writes 2.5 GB",
-    "python decode.py --compile --compare": "compiles 24 layers for a minute; test_cli.py compiles four",
+NOT_RUN = {  # command: why
+    "python decode.py --compile --compare": "compiles for a minute",
+    "python -m bench speedup --compile": "the same; test_bench.py runs it without",
+    "python -m bench peers --compile": "the same, and needs other programs",
     "make demo": "installs; what it shows is decode.py --compare",
     "make test": "runs this",
-    "make parity": "needs transformers; runs in CI",
-    "make mutants": "minutes",
-    "make soak": "half an hour",
-    "make twins": "an hour",
+    "make parity": "needs transformers",
 }
 
 
-def commands() -> list[str]:
-    """The commands of README.md that start with python, make or torchrun: in shell blocks, and as inline code."""
+def commands(page: str) -> list[str]:
+    """The commands of a page, in shell blocks and in inline code, in their order."""
     found = []
-    for _, block in (b for b in BLOCK.findall(README) if b[0] in ("sh", "bash")):
-        for line in block.replace("\\\n", " ").split("\n"):
-            parts = shlex.split(line, comments=True, posix=False)
-            for part in re.split(r" [;|] ", " ".join(parts)):
-                found.append(part)
-    found += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", BLOCK.sub("", README))]
-    return sorted({c.strip() for c in found if re.match(r"(python|make|torchrun) ", c)})
+    for language, block in BLOCK.findall(page):
+        if language == "sh":
+            for line in block.replace("\\\n", " ").split("\n"):
+                found.append(" ".join(shlex.split(line, comments=True, posix=False)))
+    found += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", BLOCK.sub("", page))]
+    return list(dict.fromkeys(c for c in found if re.match("(python|make|torchrun) ", c)))
 
 
-COMMANDS = commands()
+def run_command(command: str, monkeypatch) -> int:
+    """Runs a python command in this process, which has imported PyTorch already; its exit code."""
+    words = shlex.split(command)[1:]
+    module = words[1] if words[0] == "-m" else None
+    monkeypatch.setattr(sys, "argv", words[1:] if module else words)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        if module:
+            with warnings.catch_warnings():  # another test may have imported it already
+                warnings.simplefilter("ignore", RuntimeWarning)
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+        else:
+            script = Path(words[0]) if Path(words[0]).is_file() else ROOT / words[0]
+            runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    return 0
 
 
 class Parsed(BaseException):
     """Stops a script once its command line is parsed."""
 
 
-def script_of(command: str) -> tuple[str, list[str]]:
-    """The script of a command, relative to the root, and its arguments."""
+def parses(command: str, monkeypatch) -> bool:
+    """Whether a command's script or target exists and takes its options."""
     words = shlex.split(command)
-    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    return words[place], words[place + 1 :]
-
-
-def run_script(script: Path, args: list[str], monkeypatch, stdin: bytes = b"") -> int:
-    """Runs a script as python would, but in this process, which has imported PyTorch already; its exit code."""
-    monkeypatch.setattr(sys, "argv", [str(script), *args])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-    interrupt = signal.getsignal(signal.SIGINT)
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    except SystemExit as stop:
-        return stop.code or 0
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
-    return 0
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory) -> Path:
-    """The repository with a small corpus, to write into."""
-    path = tmp_path_factory.mktemp("readme") / "copy"
-    path.mkdir()
-    for file in [*ROOT.glob("*.py"), *(ROOT / "docs").glob("*")]:
-        (path / file.relative_to(ROOT)).parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, path / file.relative_to(ROOT))
-    (path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    (path / "corpus").mkdir()
-    for number in range(60):  # a document's part, train or held out, is drawn by its name
-        (path / "corpus" / f"{number}.py").write_text("def f(x):\n    return x + 1\n\n\n" * 20)
-    pair = json.dumps({"prompt": "def f(x):\n", "completion": "    return x + 1\n"})
-    (path / "pairs.jsonl").write_text(f"{pair}\n" * 200)
-    return path
-
-
-def test_every_command_of_the_readme_is_in_one_of_the_two_lists():
-    assert len(COMMANDS) > 30
-    listed = {c: (c in RUN) + any(fnmatchcase(c, pattern) for pattern in NOT_RUN) for c in COMMANDS}
-    assert [c for c, times in listed.items() if times != 1] == [], "add the command to RUN, or to NOT_RUN with a reason"
-    assert [c for c in RUN if c not in COMMANDS] == [], "no longer in the README"
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_parses(command, monkeypatch):
-    if command.startswith("make "):
-        assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.M)
-        return
-    script, args = script_of(command)
-    assert (ROOT / script).is_file()
-    if "argparse" not in (ROOT / script).read_text():
-        assert not args
-        return
+    if words[0] == "make":
+        return bool(re.search(f"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M))
+    if words[0] == "torchrun":
+        words[:4] = ["python", words[3]]
+    file = ROOT / words[1]
+    if words[1] == "-m":
+        file = ROOT / words[2].replace(".", "/")
+        file = file / "__main__.py" if file.is_dir() else file.with_suffix(".py")
+    if not file.is_file():
+        return False
+    if "parse_args" not in file.read_text(encoding="utf-8"):  # it takes no options, and would run
+        return len(words) == 2
     parse = argparse.ArgumentParser.parse_args
 
     def parse_only(self, *given, **named):
         raise Parsed(parse(self, *given, **named))
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
-    with pytest.raises(Parsed):
-        assert run_script(ROOT / script, args, monkeypatch) == 0, "the options are not the script's"
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+        try:
+            run_command(shlex.join(words), patch)
+        except Parsed:
+            return True
+        except ImportError:
+            return False
+    return False
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder to run commands in, with a small corpus and the scripts that write beside them."""
+    path = tmp_path_factory.mktemp("readme")
+    for name in ("corpus", "docs"):
+        (path / name).mkdir()
+    shutil.copyfile(ROOT / "docs" / "round.py", path / "docs" / "round.py")
+    for number in range(60):  # a document's part, train or held out, is drawn by its name
+        text = "def f(x):\n    return x + 1\n\n\n" * 20
+        (path / "corpus" / f"{number}.py").write_text(text)
+    return path
+
+
+def test_every_command_of_the_readme_is_in_one_of_the_two_lists():
+    listed = [*RUN, *NOT_RUN]
+    assert sorted(listed) == sorted(commands(README)), "add it to RUN, or to NOT_RUN with a reason"
+
+
+def test_every_command_of_the_readme_parses(monkeypatch):
+    assert [c for c in commands(README) if not parses(c, monkeypatch)] == []
+    assert not parses("python decode.py --no-such-option", monkeypatch)
+    assert not parses("python no_such_script.py", monkeypatch)
+    assert not parses("make no-such-target", monkeypatch)
 
 
 @pytest.mark.parametrize("command", RUN)
-def test_commands_run(command, copy, monkeypatch, capsys):
-    script, args = script_of(command)
-    monkeypatch.chdir(copy)
-    if "runs/small" in args and "--minutes" not in args and not (copy / "runs" / "small").exists():
+def test_commands_run(command, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    if "--ckpt runs/small" in command and not (folder / "runs" / "small").exists():
         train = next(c for c in RUN if "--out runs/small" in c)
-        assert run_script(copy / "train.py", script_of(train)[1] + shlex.split(RUN[train]), monkeypatch) == 0
-    stdin = {"-": b"import os\n", "--interactive": b"import os\n\n"}.get(args[-1] if args else "", b"")
-    code = run_script(copy / script, args + shlex.split(RUN[command]), monkeypatch, stdin)
+        assert run_command(f"{train} {RUN[train]}", monkeypatch) == 0
+    code = run_command(f"{command} {RUN[command]}", monkeypatch)
     out, err = capsys.readouterr()
     assert code == 0, err
-    assert out or err or script.startswith("docs/")
+    assert out or err
+    if "--compare" in command:
+        sample = next(code for language, code in BLOCK.findall(README) if "identical" in code)
+        start, end = sample.strip().replace("256", "12").split("...")
+        assert start in err and err.rstrip().endswith(end)
+    if "--png" in command:
+        assert (folder / "docs" / "lens.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_drawing_of_a_round_is_the_one_that_its_script_draws(copy, monkeypatch):
-    run_script(copy / "docs" / "round.py", [], monkeypatch)
-    assert (copy / "docs" / "round.svg").read_text() == (ROOT / "docs" / "round.svg").read_text()
+def test_the_drawing_of_a_round_is_the_one_that_its_script_draws(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert run_command("python docs/round.py", monkeypatch) == 0
+    drawn = (folder / "docs" / "round.svg").read_text(encoding="utf-8")
+    assert drawn == (ROOT / "docs" / "round.svg").read_text(encoding="utf-8")
 
 
-def test_the_python_blocks_work_one_after_the_other(monkeypatch, capsys):
-    blocks = [code for language, code in BLOCK.findall(README) if language == "python"]
-    assert len(blocks) >= 2
+@pytest.mark.parametrize("page", ["README.md", "docs/drafters.md"])
+def test_the_python_blocks_of_a_page_work_one_after_the_other(page, monkeypatch, capsys):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = [code for language, code in BLOCK.findall(text) if language == "python"]
     monkeypatch.chdir(ROOT)
     namespace = {"__name__": "readme"}
     for number, code in enumerate(blocks, 1):
-        exec(compile(code, f"README.md, python block {number}", "exec"), namespace)
+        exec(compile(code, f"{page}, python block {number}", "exec"), namespace)
     assert len(capsys.readouterr().out) > 20
 
 
-def defined(name: str, file: Path) -> bool:
-    return re.search(rf"^\s*(def|class) {name}\b|^{name}\b[^\n]* = ", file.read_text(encoding="utf-8"), re.M) is not None
+def test_the_loop_is_quoted_as_it_stands_in_decode():
+    code = (ROOT / "decode.py").read_text(encoding="utf-8")
+    body = iter(
+        [line.split("  #")[0].strip() for line in code.split("def generate(")[1].split("\n")]
+    )
+    (quoted,) = [code for language, code in BLOCK.findall(README) if language == "py"]
+    for line in quoted.strip().split("\n"):
+        assert line.strip() in body, f"not in generate, or not in this place: {line}"
 
 
-def anchors(text: str) -> set[str]:
-    """The anchors that GitHub gives to the headings of a page."""
-    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.M)
-    return {re.sub(r"[^\w\- ]", "", h.replace("`", "").lower()).replace(" ", "-") for h in headings}
+def test_every_option_that_the_readme_names_is_one_of_decode_or_train():
+    import decode
+    import train
+
+    parsers = decode.parser(), train.parser()
+    names = {name for p in parsers for action in p._actions for name in action.option_strings}
+    for span in re.findall(r"`(--[^`]+)`", BLOCK.sub("", README)):
+        option, *value = span.split()
+        assert option in names, span
+        taken = [p for p in parsers if option in p._option_string_actions]
+        assert not value or taken[0].parse_args([*required(taken[0]), *span.split()])
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_link_leads_to_a_file_and_every_function_named_in_one_is_there(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    links = re.findall(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)", BLOCK.sub("", text))
-    links = [(label, target) for label, target in links if not re.match(r"https?:", target)]
-    assert len(links) > 2
-    for label, target in links:
-        path, _, anchor = target.partition("#")
-        file = (ROOT / page).parent / path if path else ROOT / page
-        assert file.exists(), target
-        if anchor:
-            assert anchor in anchors(file.read_text(encoding="utf-8")), target
-        for name in re.findall(r"`(\w+)(?:\([^`]*\))?`", label) if file.suffix == ".py" else ():
-            assert defined(name, file), f"{name} is not in {path}"
-    for path, name in re.findall(r"([\w/]+\.py)::(\w+)", text):
-        assert defined(name, ROOT / path), f"{path}::{name}"
+def required(p: argparse.ArgumentParser) -> list[str]:
+    """Options that a parser must have, with some value."""
+    return [word for a in p._actions if a.required for word in (a.option_strings[0], "x")]
 
 
-def test_every_file_and_option_named_in_code_exists():
-    """`model.py`, `docs/lens.png`; `--exit 6`: of some script here, or of a program that is not ours."""
-    spans = " ".join(re.findall(r"`([^`]+)`", BLOCK.sub("", README)))
-    for name in re.findall(r"(?<![\w/.*])((?:docs|tests|porting|checkpoints)/[\w./]+|\w+\.py)\b", spans):
-        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
-    known = {"--nproc-per-node", "--local-dir", "--no-compile"}
-    for script in ("decode.py", "train.py", "kangaroo.py", "bench.py"):
-        known |= {f"--{name}" for name in re.findall(r'"(?:--)?([a-z][\w-]*)"', (ROOT / script).read_text())}
-    assert [option for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", README) if option not in known] == []
+def test_every_drafter_that_the_readme_names_is_known():
+    from decode import load
+    from extras.drafters import parse_drafter
+
+    model, _ = load(ROOT / "checkpoints" / "pystdlib")
+    found = re.findall(r"`--drafter ([^`]+)`", README)
+    assert len(found) > 4
+    for text in found:
+        if text.endswith(":DIR"):
+            with pytest.raises((ValueError, OSError), match="DIR"):
+                parse_drafter(text, model)
+        else:
+            assert parse_drafter(text, model)["drafter"]

@@ -1,89 +1,306 @@
-"""Streams: the parts that are printed as tokens come, joined, are the text."""
+"""Tokenizers of all kinds, and streams: the parts that come with the tokens join to the text."""
 
+import base64
 import io
+import json
+from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import data
-from tokenizer import Stream, Tokenizer
+from tokenizer import Stream, Tokenizer, visible
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it all day long\n" * 50
 
 
-@pytest.fixture(scope="module", params=["dummy prefix, as Llama's", "no dummy prefix, as ours"])
-def tokenizer(request, tmp_path_factory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    if request.param.startswith("no"):
-        return data.train_tokenizer([TEXT], 290, path)
+def sentencepiece(path: Path, **options) -> Tokenizer:
+    """With byte fallback."""
     model = io.BytesIO()
     SentencePieceTrainer.Train(
-        sentence_iterator=iter(TEXT.split("\n")), model_writer=model, model_type="bpe", vocab_size=300, byte_fallback=True, minloglevel=2
+        sentence_iterator=iter(TEXT.split("\n")),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        minloglevel=2,
+        **options,
     )
-    path.write_bytes(model.getvalue())
+    (path / "tokenizer.model").write_bytes(model.getvalue())
     return Tokenizer(path)
 
 
-@given(st.text(st.sampled_from("the quick foxé漢😀 \n"), min_size=1), st.data())
-def test_streamed_parts_join_to_the_decoded_text(tokenizer, text, draw):
+def ours(path: Path) -> Tokenizer:
+    return data.train_tokenizer([TEXT], 290, path / "tokenizer.model")
+
+
+def byte_level(path: Path) -> Tokenizer:
+    """A byte-level BPE tokenizer.json with a BOS template, as Llama 3's."""
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<bos>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    model.train_from_iterator([TEXT, "漢字" * 20], trainer)
+    model.post_processor = processors.TemplateProcessing(
+        "<bos> $A", special_tokens=[("<bos>", model.token_to_id("<bos>"))]
+    )
+    model.save(str(path / "tokenizer.json"))
+    return Tokenizer(path)
+
+
+def byte_fallback(path: Path) -> Tokenizer:
+    """A tokenizer.json of characters and bytes, which decodes as that of Llama 2 does."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)] + list("▁thequickfox字\ufffd\n")
+    vocabulary = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    model = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    model.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    model.add_special_tokens(["<s>", "</s>"])
+    model.save(str(path / "tokenizer.json"))
+    return Tokenizer(path)
+
+
+KINDS = {
+    "Llama 2's": lambda path: sentencepiece(path, remove_extra_whitespaces=False),
+    "sentencepiece that drops spaces": sentencepiece,
+    "sentencepiece without a prefix": lambda path: sentencepiece(path, add_dummy_prefix=False),
+    "ours": ours,
+    "byte level": byte_level,
+    "byte fallback": byte_fallback,
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request, tmp_path_factory) -> Tokenizer:
+    return KINDS[request.param](tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def fast(tmp_path) -> Path:
+    byte_level(tmp_path)
+    return tmp_path
+
+
+def streamed(tokenizer: Tokenizer, context: list[int], portions: list[list[int]]) -> list[str]:
+    stream = Stream(tokenizer, context)
+    return [*(stream.feed(portion) for portion in portions), stream.finish()]
+
+
+def added(tokenizer: Tokenizer, context: list[int], ids: list[int]) -> str:
+    """What decode(context + ids) has after decode(context)."""
+    before, text = tokenizer.decode(context), tokenizer.decode(context + ids)
+    same = (k for k in range(len(before), -1, -1) if text.startswith(before[:k]))
+    return text[next(same) :]
+
+
+@st.composite
+def ids_of(draw, tokenizer: Tokenizer) -> list[int]:
+    """Ids of texts, cut and torn apart anywhere, runs of one id, control ids, unknown ids."""
+
+    def torn(text: str, start: int, place: int, count: int) -> list[int]:
+        ids = tokenizer.encode(text)[start:]
+        return ids[:-place] + count * control + ids[-place:]
+
+    control = [0 if tokenizer.bos is None else tokenizer.bos]
+    characters = st.sampled_from("the quick foxé漢字😀 \n\ufffd")
+    texts = st.text(characters | st.characters(codec="utf-8")) | st.text("漢😀x", min_size=9)
+    cuts = (st.integers(0, 6), st.integers(1, 9), st.integers(0, 9))
+    one = st.integers(0, tokenizer.vocab_size + 3)
+    runs = st.tuples(one, st.integers(1, 40)).map(lambda t: [t[0]] * t[1])
+    pieces = st.builds(torn, texts, *cuts) | runs | st.lists(one, max_size=40)
+    return [i for piece in draw(st.lists(pieces, max_size=8)) for i in piece]
+
+
+def split(ids: list[int], sizes: list[int]) -> list[list[int]]:
+    """ids in portions of these sizes, repeated; what is left comes at once."""
+    portions, ids = [], list(ids)
+    for size in sizes * (len(ids) + 1):
+        portions.append(ids[:size])
+        ids = ids[size:]
+    return [*portions, ids]
+
+
+@given(st.data())
+def test_streamed_parts_join_to_what_the_ids_add_to_the_context(tokenizer, draw):
+    ids = draw.draw(ids_of(tokenizer))
+    cut = draw.draw(st.integers(0, len(ids)))
+    context, rest = ids[:cut], ids[cut:]
+    portions = split(rest, draw.draw(st.lists(st.integers(0, 9), min_size=1, max_size=4)))
+    assert "".join(streamed(tokenizer, context, portions)) == added(tokenizer, context, rest)
+
+
+@given(st.text(st.sampled_from("the quick foxé漢字😀 \n"), min_size=1), st.data())
+def test_streamed_text_goes_on_from_whole_characters_and_never_shows_half_of_one(
+    tokenizer, text, draw
+):
     ids = tokenizer.encode(text)
-    whole_characters = [k for k in range(1, len(ids) + 1) if not tokenizer.decode(ids[:k]).endswith("\ufffd")]
-    cut = draw.draw(st.sampled_from(whole_characters))
-    stream, parts, rest = Stream(tokenizer, ids[:cut]), [], ids[cut:]
-    while rest:
-        count = draw.draw(st.integers(1, 3))
-        parts.append(stream.feed(rest[:count]))
-        rest = rest[count:]
+    whole = [k for k in range(len(ids) + 1) if text.startswith(tokenizer.decode(ids[:k]))]
+    cut = draw.draw(st.sampled_from(whole))
+    parts = streamed(tokenizer, ids[:cut], [[i] for i in ids[cut:]])
     assert "\ufffd" not in "".join(parts)
-    assert tokenizer.decode(ids[:cut]) + "".join(parts) + stream.finish() == tokenizer.decode(ids)
+    assert tokenizer.decode(ids[:cut]) + "".join(parts) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "text", ["漢" * 12, "漢" * 200, "the 漢" * 30, "😀é" * 40 + "x", "漢字" * 9]
+)
+def test_characters_that_are_not_in_the_vocabulary_stream_whole(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert "".join(streamed(tokenizer, [], [[i] for i in ids])) == tokenizer.decode(ids) == text
 
 
 def test_a_character_in_several_tokens_is_printed_once_whole(tokenizer):
-    ids = tokenizer.encode("a😀b", bos=False)
-    stream = Stream(tokenizer, tokenizer.encode("x"))
-    parts = [stream.feed([i]) for i in ids]
-    assert "😀" in parts and "".join(parts).endswith("a😀b")
+    ids = tokenizer.encode("x😀x", bos=False)
+    parts = streamed(tokenizer, tokenizer.encode("x"), [[i] for i in ids])
+    assert [part for part in parts if "😀" in part] and "".join(parts).strip() == "x😀x"
+
+
+@pytest.mark.parametrize("count", range(12))
+def test_a_character_that_control_ids_tear_apart_streams_as_it_is_decoded(tokenizer, count):
+    control = [0 if tokenizer.bos is None else tokenizer.bos] * count
+    before, torn = tokenizer.encode("the quick " * 9), tokenizer.encode("x😀", bos=False)[-4:]
+    ids = before + [i for byte in torn for i in [byte, *control]] + tokenizer.encode("fox")
+    assert "".join(streamed(tokenizer, [], [[i] for i in ids])) == tokenizer.decode(ids)
 
 
 def test_a_leading_space_is_kept(tokenizer):
-    prompt, whole = tokenizer.encode("the"), tokenizer.encode("the dog")
-    assert Stream(tokenizer, prompt).feed(whole[len(prompt) :]).startswith(" ")
+    prompt, whole = tokenizer.encode("the"), tokenizer.encode("the fox")
+    assert whole[: len(prompt)] == prompt
+    assert "".join(streamed(tokenizer, prompt, [whole[len(prompt) :]])).startswith(" ")
 
 
-@given(st.lists(st.integers(3, 258), max_size=60))
-def test_bytes_that_are_no_text_never_stop_the_stream(tokenizer, ids):
-    stream = Stream(tokenizer, [])
-    assert "".join(stream.feed([i]) for i in ids) + stream.finish() == tokenizer.decode(ids)
+def repeated(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a long text, of one byte after the other that is no text, or of BOS alone."""
+    ids = tokenizer.encode(text or "漢", bos=False)
+    return 1000 * [tokenizer.bos] if text == "bos" else 200 * ids if text else 1000 * ids[-1:]
 
 
-def test_byte_fallback_of_tokenizer_json_streams_whole_characters(tmp_path):
-    """Its decoder turns a whole run of bytes into U+FFFD while the last character is unfinished, printed ones included."""
-    import tokenizers
-    from tokenizers import decoders, models
+@pytest.mark.parametrize("text", ["the fox ", "漢😀", "漢字", "😀", "é", "the漢", "", "bos"])
+def test_the_work_for_a_token_does_not_grow_with_the_text(tokenizer, monkeypatch, text):
+    """Counts the ids that are decoded."""
+    ids = repeated(tokenizer, text) if text != "bos" or tokenizer.bos is not None else [0]
+    stream, work, decode = Stream(tokenizer, ids), [0], tokenizer._decode
+    monkeypatch.setattr(tokenizer, "_decode", lambda ids: (work.append(len(ids)), decode(ids))[1])
+    parts = [stream.feed([i]) for i in ids]
+    assert sum(work) < 50 * len(ids)
+    assert "".join(parts) + stream.finish() == added(tokenizer, ids, ids)
 
-    vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"a": 256, "b": 257}
-    fast = tokenizers.Tokenizer(models.BPE(vocab, [], byte_fallback=True))
-    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    fast.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer(tmp_path)
-    for text in ("a😀😀b", "a漢字b", "漢字", "éé", "aé"):
-        stream, ids = Stream(tokenizer, []), tokenizer.encode(text)
-        assert "".join(stream.feed([i]) for i in ids) + stream.finish() == text == tokenizer.decode(ids)
+
+def test_ids_that_are_not_in_the_vocabulary_have_no_text(tokenizer):
+    ids = tokenizer.encode("the fox")
+    unknown = [tokenizer.vocab_size, 10**6, -1]
+    assert tokenizer.decode(ids + unknown) == tokenizer.decode(ids)
+
+
+def test_half_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(ValueError):
+        tokenizer.encode("a\ud83db")
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_tokenizer_json_encodes_with_its_own_bos_and_gives_back_the_text(fast):
+    tokenizer = Tokenizer(fast)
+    ids = tokenizer.encode(" the  fox 漢😀\n")
+    assert ids[0] == tokenizer.bos == 0 and tokenizer.decode(ids) == " the  fox 漢😀\n"
+    assert tokenizer.encode("fox", bos=False) == tokenizer.encode("fox")[1:]
+    assert tokenizer.eos == 1 and tokenizer.vocab_size > max(ids)
+
+
+def test_truncation_and_padding_of_tokenizer_json_are_off(fast):
+    plain = Tokenizer(fast)
+    model = tokenizers.Tokenizer.from_file(str(fast / "tokenizer.json"))
+    model.enable_truncation(4)
+    model.enable_padding(length=16, pad_id=1, pad_token="</s>")
+    model.save(str(fast / "tokenizer.json"))
+    changed = Tokenizer(fast)
+    assert changed.bos == plain.bos
+    for text in ("", "a", "the quick brown fox jumps over the lazy dog"):
+        assert changed.encode(text) == plain.encode(text)
+
+
+def test_each_file_can_be_named_alone(fast):
+    assert Tokenizer(fast / "tokenizer.json").bos == 0
+    ours(fast)
+    assert Tokenizer(fast / "tokenizer.model").vocab_size == Tokenizer(fast).vocab_size == 290
+
+
+def test_tiktokens_format_is_told_apart(fast):
+    ranks = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256))
+    (fast / "tokenizer.model").write_text(ranks)
+    assert Tokenizer(fast).bos == 0, "tokenizer.json beside it is used"
+    (fast / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tiktoken"):
+        Tokenizer(fast)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}', "[" * 10**5])
+def test_a_bad_tokenizer_json_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError) as refused:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("fault", ["a long value", "a template of an unknown id"])
+def test_a_fault_inside_tokenizer_json_is_one_short_line(fast, fault):
+    """The second makes the library panic, with an exception that is no Exception."""
+    found = json.loads((fast / "tokenizer.json").read_text())
+    if fault == "a long value":
+        found["model"]["vocab"]["<bos>"] = "x\n\x1b" * 10**5
+    else:
+        found["post_processor"]["special_tokens"] = {}
+    (fast / "tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError) as refused:
+        Tokenizer(fast)
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 600
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
-    with pytest.raises(ValueError):
-        Tokenizer(tmp_path)
-    with pytest.raises(ValueError):
-        Tokenizer(tmp_path / "nothing")
+    for path in (tmp_path, tmp_path / "nothing", tmp_path / "tokenizer.model"):
+        with pytest.raises(ValueError):
+            Tokenizer(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Text on a terminal, prompts
+
+
+@given(st.text() | st.text(st.characters(max_codepoint=0xA0)))
+def test_visible_text_has_no_control_characters_but_newline_and_tab_and_loses_nothing(text):
+    shown = visible(text)
+    assert not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in shown if c not in "\n\t")
+    plain = json.dumps(text.replace("\\", "/"))  # a backslash of its own would be ambiguous
+    back = visible(json.loads(plain)).replace("\\x", "\\u00").replace('"', '\\"')
+    assert json.loads(f'"{back}"', strict=False) == json.loads(plain)
+
+
+def test_escape_sequences_become_visible():
+    text = "\x1b[2J\x07\x7f\x9b1m\r\nok\tö漢\u2028"
+    assert visible(text) == "\\x1b[2J\\x07\\x7f\\x9b1m\\x0d\nok\tö漢\u2028"
 
 
 @pytest.mark.parametrize("bos", [1, None])
-def test_held_out_prompts_are_ids_of_one_length_whether_there_is_a_bos_or_not(tokenizer, monkeypatch, bos):
+def test_held_out_prompts_are_ids_of_one_length_whether_there_is_a_bos_or_not(
+    tmp_path, monkeypatch, bos
+):
+    tokenizer = ours(tmp_path)
     monkeypatch.setattr(tokenizer, "bos", bos)
-    monkeypatch.setattr(data, "read_files", lambda files: [data.Document("a.py", "\n" * 300 + "\n    def f(x):\n        return x\n", kept_back=True)])
+    text = "\n" * 300 + "\n    def f(x):\n        return x\n"
+    document = data.Document("a.py", text, kept_back=True)
+    monkeypatch.setattr(data, "read_files", lambda files: [document])
     (prompt,) = data.held_out_prompts(1, tokenizer, 8)
-    assert len(prompt) == 8 and all(type(token) is int for token in prompt) and (prompt[0] == 1) == (bos is not None)
+    assert len(prompt) == 8 and all(type(token) is int for token in prompt)
+    assert (prompt[0] == 1) == (bos is not None)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```\n+```text\n(.*?)^```$", (ROOT / "docs" / "walkthrough.md").read_text(), re.S | re.M)
+TEXT = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```\n+```text\n(.*?)^```$", TEXT, re.S | re.M)
 
 
 @pytest.fixture
@@ -20,10 +21,16 @@ def gradients():
 
 def test_every_block_of_the_walkthrough_prints_what_stands_below_it(monkeypatch, gradients):
     monkeypatch.chdir(ROOT)
-    assert len(BLOCKS) == (ROOT / "docs" / "walkthrough.md").read_text().count("```python\n") > 8
-    namespace = {}
+    namespace: dict = {}
     for number, (code, printed) in enumerate(BLOCKS, 1):
         out = io.StringIO()
         with redirect_stdout(out):
             exec(compile(code, f"docs/walkthrough.md, block {number}", "exec"), namespace)
         assert out.getvalue() == printed, f"block {number}"
+
+
+def test_every_python_block_has_its_output_and_all_are_about_forty_lines():
+    assert len(BLOCKS) == TEXT.count("```python\n") > 8
+    lines = [line for code, _ in BLOCKS for line in code.split("\n") if line.strip()]
+    assert len(lines) <= 50
+    assert [line for line in lines if len(line) > 100] == []

@@ -1,0 +1,209 @@
+"""This code beside other programs: peers, train."""
+
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.common import (
+    ROOT,
+    Table,
+    Works,
+    child,
+    compare,
+    decode_all,
+    engine,
+    installed,
+    target,
+    title,
+)
+from checkpoint import read_checkpoint
+from command import Run
+from exact import auto_dtype
+from model import Llama, rotary_frequencies, save_checkpoint
+
+One = Callable[[list[int], int], list[int]]  # one(prompt, count) -> new tokens
+
+
+def peers(args: Namespace) -> list[Table]:
+    """transformers, plain and assistant_early_exit, and llama.cpp on the same weights and prompts.
+
+    Greedy, with the same type, threads and draft, the prompt's time included. Drafted text is
+    compared with the same program's plain text, plain text with this code's. Exits of random
+    weights foresee nothing: those decode plainly.
+    """
+    t = target(args)
+    ways, model = {}, t.load(t.dtype)
+    with tempfile.TemporaryDirectory() as name:  # what is loaded from it outlives it
+        folder = Path(name)
+        if installed("transformers"):
+            save_checkpoint(model, folder)
+            ways["transformers, plain"] = partial(timed, transformers_of(folder, t, {}))
+            ways["transformers, drafted"] = partial(timed, transformers_of(folder, t, t.settings))
+        if t.device.type == "cpu" and installed("llama_cpp") and installed("gguf"):
+            write_gguf(model, folder / "gguf")
+            length = max(map(len, t.prompts)) + t.tokens
+            ways["llama.cpp, plain"] = partial(timed, llama_cpp_of(folder / "gguf", length))
+    for how in ("", ", compiled")[: 1 + t.compile]:
+        ours = partial(decode_all, engine(t, t.load(t.dtype), bool(how)))
+        ways[f"this code, plain{how}"] = ours
+        ways[f"this code, drafted{how}"] = partial(ours, **t.settings)
+    works: Works = {}
+    for name, way in ways.items():
+        if "plain" in name or not t.shape:
+            works[name] = partial(way, prompts=t.prompts, count=t.tokens)
+    same = {name: name.replace("drafted", "plain") for name in works}
+    same |= {name: "this code, plain" for name in works if name.endswith("plain")}
+    return [(title(t), compare(works, t.runs, same, equal="same text"))]
+
+
+def timed(one: One, prompts: list[list[int]], count: int) -> Run:
+    """The new tokens of all prompts, and the seconds that they took."""
+    started = time.perf_counter()
+    ids = [token for prompt in prompts for token in one(prompt, count)]
+    return Run(ids, [], time.perf_counter() - started)
+
+
+def transformers_of(folder: Path, t: Namespace, settings: dict) -> One:
+    """transformers' greedy generate with a checkpoint, drafting where there are settings."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=t.dtype)
+    how: dict = dict(do_sample=False, pad_token_id=0, num_assistant_tokens_schedule="constant")
+    if settings:
+        how["assistant_early_exit"] = settings["exit_layer"]
+        how["num_assistant_tokens"] = settings["draft_len"]
+        how["assistant_confidence_threshold"] = settings["min_confidence"]
+    theirs.to(t.device).generation_config = transformers.GenerationConfig(**how)
+
+    def one(prompt: list[int], count: int) -> list[int]:
+        ids = torch.tensor([prompt], device=t.device)
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count)
+        return out[0, len(prompt) :].tolist()
+
+    return one
+
+
+def llama_cpp_of(file: Path, length: int) -> One:
+    """llama.cpp's greedy decoding of a GGUF file, one row a step, with PyTorch's threads."""
+    threads = torch.get_num_threads()
+    how: dict = dict(n_ctx=length, n_threads=threads, n_threads_batch=threads, verbose=False)
+    theirs = import_module("llama_cpp").Llama(str(file), **how)
+
+    def one(prompt: list[int], count: int) -> list[int]:
+        theirs.reset()  # or it would not run a prompt again that it has just run
+        return list(islice(theirs.generate(prompt, temp=0.0), count))
+
+    return one
+
+
+def write_gguf(model: Llama, file: Path) -> None:
+    """A plain model, in float32 or bfloat16, as a GGUF file without a tokenizer.
+
+    Keys, names and the order of rows in q and k are those of llama.cpp's convert_hf_to_gguf.
+    Vectors are float32, as llama.cpp wants them.
+    """
+    c, gguf = model.config, import_module("gguf")
+    writer = gguf.GGUFWriter(file, "llama")
+    keys = dict(tokenizer_model="no_vocab", vocab_size=c.vocab_size, context_length=c.max_len)
+    keys |= dict(embedding_length=c.dim, feed_forward_length=c.hidden_dim, block_count=c.n_layers)
+    keys |= dict(head_count=c.n_heads, head_count_kv=c.n_kv_heads, rope_freq_base=c.rope_theta)
+    keys |= dict.fromkeys(("key_length", "value_length", "rope_dimension_count"), c.head_dim)
+    for key, value in {**keys, "layer_norm_rms_eps": c.norm_eps}.items():
+        getattr(writer, f"add_{key}")(value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.n_layers)
+    tensors = {names.get_name(n, (".weight",)): p.detach() for n, p in model.named_parameters()}
+    if c.rope_type != "default":  # what each pair's angle is divided by
+        unscaled = rotary_frequencies(replace(c, rope_type="default"))
+        tensors["rope_freqs.weight"] = unscaled / rotary_frequencies(c)
+    for name, x in tensors.items():
+        if name.endswith(("attn_q.weight", "attn_k.weight")):
+            x = pairs_together(x, c.head_dim)
+        if x.dim() > 1 and x.dtype == torch.bfloat16:  # NumPy has no such type: bytes
+            data, kind = x.view(torch.uint8).numpy(), gguf.GGMLQuantizationType.BF16
+            writer.add_tensor(name, data, raw_dtype=kind)
+        else:
+            writer.add_tensor(name, x.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def pairs_together(weight: Tensor, head_dim: int) -> Tensor:
+    """q or k (heads * hd, dim) with rows i and i + hd/2 of a head, which turn together, paired."""
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+STEPS, BATCH, LENGTH = 10, 8, 512  # of a turn
+CODE = """
+from timeit import timeit
+from bench.peers import BATCH, LENGTH, STEPS, step_of
+
+step = step_of(*map(json.loads, sys.argv[1:]))
+
+def answer():
+    return [0] * (STEPS * BATCH * LENGTH), timeit(step, number=STEPS)
+"""
+
+
+def train(args: Namespace) -> list[Table]:
+    """Training by the recipes plain and layerskip, and of transformers' Llama in a plain loop.
+
+    The same shape, batch, AdamW, and bfloat16 autocast where the hardware has it. Each has a
+    process of its own; one runs at a time.
+    """
+    names = ["transformers"] * installed("transformers") + ["plain", "layerskip"]
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        given = str(args.ckpt.resolve()), folder, args.compile
+        works: Works = {name: child(stack, ROOT, CODE, name, *given) for name in names}
+        rows = compare(works, args.runs, {}, base=names[0])
+    about = f"{args.ckpt.name}, batches of {BATCH} x {LENGTH}{', compiled' * args.compile}"
+    return [(f"{about}, medians of {args.runs} turns, speedup against {names[0]}", rows)]
+
+
+def step_of(name: str, ckpt: str, folder: str, compiled: bool) -> Callable[[], object]:
+    """A step of train.py with this recipe or, for "transformers", of its Llama in a plain loop."""
+    if name != "transformers":
+        from runs import Run as Folder
+        from train import Trainer, parser
+
+        text = Path(folder, f"{name}.txt")
+        text.write_text(9 * (ROOT / "README.md").read_text())  # what is learned does not matter
+        options = ["--recipe", name, "--init", ckpt, "--out", f"{folder}/{name}"]
+        options += ["--data", str(text), "--batch", str(BATCH), "--seq", str(LENGTH)]
+        options += ["--steps", "100000"]
+        trainer = Trainer(parser().parse_args(options), Folder(f"{folder}/{name}", ckpt))
+        if compiled:
+            trainer.compile()
+        return trainer.train_step
+    import transformers
+
+    config = transformers.LlamaConfig(**read_checkpoint(ckpt)[0])
+    model = transformers.LlamaForCausalLM(config)
+    ids = torch.randint(config.vocab_size, (BATCH, LENGTH))
+    narrow = auto_dtype(torch.device("cpu")) == torch.bfloat16
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    forward = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step

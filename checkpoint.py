@@ -1,0 +1,254 @@
+"""Files -> a config and named tensors, from Hugging Face's layout or Meta's. Knows no Llama.
+
+Hugging Face: config.json, and model.safetensors or the shards that an index names.
+Meta: params.json, and consolidated.*.safetensors, each with a part of every tensor.
+"""
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+META_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention_norm": "input_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "ffn_norm": "post_attention_layernorm",
+}
+LIBRARY = (SafetensorError, OSError, RuntimeError, MemoryError)
+WRONG_KIND = (ValueError, TypeError, LookupError, ArithmeticError)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, in one line: what is wrong and what to do."""
+
+    def __init__(self, message: str):
+        # Names in files may hold line breaks, escape codes or a million characters.
+        super().__init__(re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", message)[:480])
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Makes failures of libraries CheckpointError: `what` is wrong, then the reason."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (*LIBRARY, *WRONG_KIND) as error:
+        raise CheckpointError(f"{what}: {str(error) or 'out of memory'}") from None
+
+
+def parse_object(text: str, name: str) -> dict:
+    """The JSON object in the text of the file `name`. Raises CheckpointError if it holds none."""
+    depths = accumulate((c in "[{") - (c in "]}") for c in text)
+    with _refusing(f"{name} is not a JSON object"):
+        if max(depths, default=0) > 100:  # would exhaust the stack, here or in a message
+            raise ValueError("it is nested too deep")
+        if isinstance(found := json.loads(text), dict):
+            return found
+        raise ValueError(f"it is a {type(found).__name__}")
+
+
+def read_json(file: Path) -> dict:
+    """The JSON object in a file. Raises CheckpointError if there is none."""
+    with _refusing(f"{file} cannot be read"):
+        if not os.path.isfile(file):
+            raise ValueError("there is no such file")
+        return parse_object(file.read_text(encoding="utf-8"), str(file))
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write bytes to, which is at `path` if all went well and leaves no trace if not.
+
+    It takes the place and the permissions of the old file at the end. A link stays a link. Raises
+    ValueError when the directory is missing or `path` is there and is no regular file.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir() or (os.path.lexists(target) and not target.is_file()):
+        raise ValueError(f"{path} cannot be written: it must be a file in a directory that exists")
+    aside = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    file = open(aside, "xb")  # x: never an old file
+    try:
+        with file:
+            mode = os.stat(target if target.exists() else aside).st_mode & 0o777
+            yield file
+        with open(aside, "rb") as written:  # by name: save_file puts a new file there
+            os.fsync(written.fileno())
+        os.chmod(aside, mode)
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def generation_config(path: str | Path) -> dict:
+    """Settings of generation_config.json, {} without one. CheckpointError if one is unusable."""
+    count = lambda v, least=1: type(v) is int and v >= least  # of True, the type is bool
+    usable = {
+        "assistant_early_exit": count,
+        "num_assistant_tokens": count,
+        "assistant_confidence_threshold": lambda v: type(v) in (int, float) and 0 <= v < 1,
+        "eos_token_id": lambda v: all(count(t, 0) for t in (v if isinstance(v, list) else [v])),
+    }
+    file = Path(path) / "generation_config.json"
+    found = read_json(file) if os.path.lexists(file) else {}
+    found = {key: found[key] for key in usable if found.get(key) is not None}
+    for key, value in found.items():
+        if not usable[key](value):
+            raise CheckpointError(f"{file}: {key} cannot be {value!r:.40}")
+    return found
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint, whole in one file or in parts over several."""
+
+    name: str  # in the files
+    files: tuple[Path, ...]
+    shape: tuple[int, ...]  # of the whole tensor
+    dtype: torch.dtype
+    join: int = 0  # the dimension along which parts join
+    half_head: int = 0  # hd / 2 where rotary pairs are interleaved, else 0
+
+    def read(self) -> Tensor:
+        """The whole tensor, in its stored type; CheckpointError where a number is not finite.
+
+        Interleaved rotary pairs, rows 2i and 2i + 1 of a head, become half-split: i and i + hd/2.
+        """
+        parts = []
+        for file in self.files:
+            with _refusing(f"{file}: {self.name} cannot be read"):
+                # Opened anew: what was read stays in memory while a file is open.
+                with safe_open(file, framework="pt") as tensors:
+                    part = tensors.get_tensor(self.name)
+                # NaN and infinity spoil the sum, a fast pass. Large numbers may: look again.
+                if not part.sum().isfinite() and not part.isfinite().all():
+                    raise CheckpointError(f"{file}: {self.name} holds NaN or infinite values")
+                parts.append(part)
+        with _refusing(f"{self.files[0]}: {self.name} cannot be read"):
+            # A copy: a part is a view of the mapped file, at any address.
+            whole = torch.cat(parts, self.join) if len(parts) > 1 else parts[0].clone()
+            if not self.half_head:
+                return whole
+            return whole.unflatten(0, (-1, self.half_head, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict, dict[str, Stored]]:
+    """The config of a directory, in the keys of config.json, and its tensors by their names.
+
+    Raises CheckpointError when it does not hold floating-point weights in safetensors.
+    """
+    path = Path(path)
+    if not os.path.isdir(path):
+        raise CheckpointError(f"there is no checkpoint directory {path}")
+    meta = not os.path.exists(path / "config.json") and os.path.exists(path / "params.json")
+    config = read_json(path / ("params.json" if meta else "config.json"))
+    files = _weight_files(path, meta)
+    found: dict[str, list[Stored]] = {}
+    for file in files:
+        with _refusing(f"{file} is no safetensors file"), safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                if name.endswith(("rotary_emb.inv_freq", "rope.freqs")):
+                    continue  # tables that follow from the config
+                part = tensors.get_slice(name)
+                kind, shape = part.get_dtype(), tuple(part.get_shape())
+                if kind not in FLOATS:
+                    raise CheckpointError(f"{file}: {name} is stored as {kind}, not as floats")
+                found.setdefault(name, []).append(Stored(name, (file,), shape, FLOATS[kind]))
+    for name, parts in found.items():
+        kinds = {(part.shape, part.dtype) for part in parts}
+        if len(kinds) > 1 or len(parts) != (len(files) if meta else 1):
+            raise CheckpointError(f"{path}: the shards do not hold {name} as they should")
+    return _from_meta(config, found) if meta else (config, {n: p[0] for n, p in found.items()})
+
+
+@_refusing("no checkpoint")
+def _weight_files(path: Path, meta: bool) -> list[Path]:
+    """The weight files of a directory, in order."""
+    names, index = sorted(os.listdir(path)), "model.safetensors.index.json"
+    wanted = r"consolidated.*\.safetensors" if meta else r"model\.safetensors"
+    shards = [name for name in names if re.fullmatch(wanted, name)]
+    if index in names and not shards and not meta:
+        shard_of = read_json(path / index).get("weight_map")
+        if not isinstance(shard_of, dict):
+            raise CheckpointError(f"{path / index} has no weight_map from tensors to files")
+        shards = sorted({str(name) for name in shard_of.values()})
+    for name in shards:
+        if Path(name).name != name or not os.path.isfile(path / name):
+            raise CheckpointError(f"{path} should hold the weight file {name!r:.80}, but does not")
+    if not shards:
+        pickles = [name for name in names if name.endswith((".pth", ".bin", ".pt", ".ckpt"))]
+        what = f"only pickles, which can run any code ({pickles[0]})" if pickles else "none"
+        raise CheckpointError(f"{path} must hold weights in safetensors, but holds {what}")
+    return [path / name for name in shards]
+
+
+@_refusing("params.json or a tensor is missing a value or has a wrong one")
+def _from_meta(c: dict, found: dict[str, list[Stored]]) -> tuple[dict, dict[str, Stored]]:
+    """Config and tensors from params.json and the shards of each tensor.
+
+    Meta does not say the context and the scale of rope: they follow from the published models.
+    """
+    if c.get("quantization_args") or c.get("moe") or c.get("vision_chunk_size"):
+        raise CheckpointError("params.json: only dense, unquantised text models are supported")
+    dim, heads, theta = c["dim"], c["n_heads"], c.get("rope_theta", 10000.0)
+    tensors = {}
+    for name, parts in found.items():
+        match = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name)
+        if not match or match[2] not in META_NAMES:
+            raise CheckpointError(f"{parts[0].files[0]}: {name} is unexpected")
+        layer, inner = match[1], META_NAMES[match[2]]
+        shape = list(parts[0].shape)
+        half = dim // heads // 2 if inner in ("self_attn.q_proj", "self_attn.k_proj") else 0
+        # Llama 2 shards the embedding along dim, Llama 3 along the vocabulary.
+        narrow = inner == "model.embed_tokens" and shape[1:] != [dim]
+        join = int(narrow or inner in ("self_attn.o_proj", "mlp.down_proj"))
+        if len(shape) == 1:
+            parts = parts[:1]  # vectors are the same in every shard
+        shape[join] *= len(parts)
+        files = tuple(part.files[0] for part in parts)
+        tensor = Stored(name, files, tuple(shape), parts[0].dtype, join, half)
+        tensors[(f"model.{layer}" if layer else "") + inner + ".weight"] = tensor
+    hidden = int(float(c.get("ffn_dim_multiplier", 1)) * int(2 * 4 * dim / 3))
+    config = {
+        "model_type": "llama",
+        "vocab_size": tensors["model.embed_tokens.weight"].shape[0],
+        "hidden_size": dim,
+        "intermediate_size": -(-hidden // c["multiple_of"]) * c["multiple_of"],
+        "num_hidden_layers": c["n_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": c.get("n_kv_heads"),
+        "max_position_embeddings": {1e6: 16384, 5e5: 8192}.get(theta, 4096),
+        "rms_norm_eps": c["norm_eps"],
+        "rope_theta": theta,
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+    }
+    if c.get("use_scaled_rope"):
+        config["max_position_embeddings"] = 131072
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": c.get("rope_scaling_factor", 8.0 if dim >= 4096 else 32.0),  # 3.1; 3.2
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    return config, tensors

@@ -1,0 +1,197 @@
+"""What the commands share: load a checkpoint, run a generation, show it, fail in one clear line.
+
+Text goes to stdout, what is said about it to stderr; colours only to a terminal.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from checkpoint import CheckpointError, generation_config
+from exact import MAX_ROWS, auto_dtype
+from model import Config, Llama, load_checkpoint
+from tokenizer import Stream, Tokenizer, visible
+
+if TYPE_CHECKING:
+    from decode import Round
+
+DEFAULT_CKPT = Path(__file__).parent / "checkpoints" / "pystdlib"
+DEFAULT_PROMPT = '''class Stack:
+    """A last-in, first-out stack."""
+
+    def __init__(self, items=None):
+        self._items = list(items or [])
+
+    def push(self, item):
+'''
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@contextmanager
+def command_errors(name: str) -> Iterator[None]:
+    """For the main of a command: what cannot run ends it with one clear line and exit code 2."""
+    sys.stderr, code = sys.stderr or open(os.devnull, "w"), 2  # for None, print takes stdout
+    try:
+        yield
+        print(end="", flush=True)
+        return
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader of stdout has gone; nothing is left to say to it
+        code = 1
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        text = visible(" ".join(str(error).split())) or "out of memory"
+        print(f"{name}: {text:.480}", file=sys.stderr)
+    try:
+        print(end="", flush=True)
+    except OSError:  # let go what stdout still holds: it would be tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(code)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU if there is one. ValueError if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        one = torch.ones(1, device=name)
+        one.item()  # not on meta, which has no memory
+        return one.device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+
+
+def load(
+    ckpt: Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto"
+) -> tuple[Llama, Tokenizer]:
+    """The model and the tokenizer of a checkpoint. Raises CheckpointError where they do not fit."""
+    if isinstance(device, str):
+        device = usable_device(device)
+    if isinstance(dtype, str):
+        dtype = auto_dtype(device) if dtype == "auto" else DTYPES[dtype]
+    if not ckpt.is_dir():
+        raise CheckpointError(f"there is no checkpoint directory {ckpt}")
+    tokenizer, model = Tokenizer(ckpt), load_checkpoint(ckpt, dtype, device)
+    sizes = tokenizer.vocab_size, model.config.vocab_size
+    if sizes[0] > sizes[1]:
+        raise CheckpointError(f"the tokenizer has {sizes[0]} tokens, the model only {sizes[1]}")
+    return model, tokenizer
+
+
+def default_settings(ckpt: Path, config: Config, tokenizer: Tokenizer) -> dict:
+    """exit_layer, draft_len, min_confidence and eos of generate for a checkpoint.
+
+    They are what generation_config.json says under transformers' names for them. Else a quarter of
+    the layers, 6 and 0.3, and the EOS of config.json or of the tokenizer.
+    """
+    found = generation_config(ckpt)
+    exit_layer = found.get("assistant_early_exit", max(1, config.n_layers // 4))
+    eos = found.get("eos_token_id", list(config.eos) or tokenizer.eos)
+    return dict(
+        exit_layer=min(exit_layer, config.n_layers - 1),
+        draft_len=min(found.get("num_assistant_tokens", 6), MAX_ROWS - 1),
+        min_confidence=found.get("assistant_confidence_threshold", 0.3),
+        eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Running and showing
+
+
+@dataclass
+class Run:
+    """Totals over the rounds of one generation."""
+
+    ids: list[int] = field(default_factory=list)
+    rounds: list["Round"] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second of generation, prefill included."""
+        return len(self.ids) / max(self.seconds, 1e-9)
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of drafted tokens that were accepted; None when nothing was drafted."""
+        drafted = sum(len(r.drafted) for r in self.rounds)
+        return sum(r.accepted for r in self.rounds) / drafted if drafted else None
+
+    def summary(self) -> str:
+        """The statistics, one line."""
+        speed = f"{self.tokens_per_second:.0f} tokens/s"
+        text = f"{len(self.ids)} tokens in {self.seconds:.2f} s: {speed}"
+        if self.acceptance is not None:
+            drafting = sum(r.draft_seconds for r in self.rounds) / self.seconds
+            text += f" | {self.acceptance:.0%} of the drafted tokens accepted"
+            text += f" | {len(self.ids) / len(self.rounds):.2f} tokens per round"
+            text += f" | {drafting:.0%} of the time drafting"
+        return text
+
+
+def run(
+    rounds: Iterator["Round"],
+    on_round: Callable[["Round"], None] | None = None,
+    into: Run | None = None,
+    keep_logits: bool = False,
+) -> Run:
+    """Runs a generation to its end. on_round is called after each round; its time does not count.
+
+    `into` collects the rounds, so that an interrupted caller has what was done. Logits are let go
+    as rounds end, unless keep_logits.
+    """
+    into = into or Run()
+    started = time.perf_counter()
+    for r in rounds:
+        into.seconds += time.perf_counter() - started
+        into.ids += r.emitted
+        into.rounds.append(r if keep_logits else replace(r, logits=None))
+        if on_round:
+            on_round(r)
+        started = time.perf_counter()
+    return into
+
+
+GREEN, BLUE, DIM, RESET = "\033[32m", "\033[94m", "\033[2m", "\033[0m"
+
+
+class Show:
+    """Streams rounds to stdout. On a terminal, accepted drafts are green, corrections blue."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], text: str):
+        self.stream, self.terminal = Stream(tokenizer, prompt_ids), sys.stdout.isatty()
+        self.colours = self.terminal and "NO_COLOR" not in os.environ
+        self.before = text if self.terminal else ""  # not shown for a prompt that cannot run
+
+    def __call__(self, r: "Round") -> None:
+        for place, token in enumerate(r.emitted):
+            self.put(self.stream.feed([token]), GREEN if place < r.accepted else BLUE)
+
+    def finish(self) -> None:
+        """The text that was held back, and the end of the line."""
+        self.put(self.stream.finish(), BLUE)
+        print(flush=True)
+
+    def put(self, text: str, colour: str) -> None:
+        """Text to stdout. A model may say anything: a terminal gets no control characters of it."""
+        if self.before:
+            before, self.before = self.before, ""
+            self.put(before, DIM)
+        if text and self.terminal:
+            text = visible(text)
+        print(f"{colour}{text}{RESET}" if text and self.colours else text, end="", flush=True)

@@ -1,0 +1,287 @@
+"""Exactness: passes in which a row's result is the same bits whatever else is in the pass.
+
+Plain decoding runs one row a pass, verification several. In exact arithmetic both give a row the
+same logits; in floating point a library may add in another order for another number of rows, and
+where two logits nearly tie, another token comes out. Equal bits need one property: a row's result
+depends neither on how many rows share its pass, nor on their content, nor on its place. Four
+things break it, and `pack` replaces each:
+
+    matrix products      BLAS picks a kernel, and its order of summation, by the number of rows.
+                         RowLinear finds by trial which numbers of rows agree, and pads up to them.
+    attention            A fused kernel cuts queries and keys into blocks. RowAttention makes each
+                         row a sequence of its own, over a view whose length its position decides.
+    elementwise loops    A vector loop ends in a scalar tail, which may round otherwise: exp and
+                         hypot do, and +, *, / and sqrt cannot (IEEE 754 rounds them correctly).
+                         PackedNorm uses only these; row_silu gives each row a tail of its own.
+    sums over a row      A long sum may be split between threads. Rows are short enough not to be.
+
+`pack` also fuses products of the same input, q with k and v, and gate with up: these are faster.
+Everything holds for passes of up to MAX_ROWS rows. Longer ones are prefill, which plain decoding
+and speculation run alike.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cache import KVQCache
+from model import MLP, Attention, Llama, RMSNorm, rotate, row_attention
+
+Product = Callable[[Tensor], Tensor]  # x (T, in) -> x W^T (T, out)
+
+MAX_ROWS = 16  # the most rows of a pass that is held to the bit: one token and 15 guesses
+
+
+def auto_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32."""
+    if device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def pack(model: Llama) -> Llama:
+    """Turns a model, in place, into one that decodes to the bit, and returns it.
+
+    Each plain weight is let go as its packed copy is made, so memory holds one set; a packed model
+    no longer trains or saves. A second call does nothing.
+    """
+    if isinstance(model.lm_head, RowLinear):
+        return model
+    probed: dict = {}  # one trial per shape of weight
+    for layer in model.model.layers:
+        layer.self_attn = PackedAttention(layer.self_attn, probed)
+        layer.mlp = PackedMLP(layer.mlp, probed)
+        layer.input_layernorm = PackedNorm(layer.input_layernorm)
+        layer.post_attention_layernorm = PackedNorm(layer.post_attention_layernorm)
+    model.model.norm = PackedNorm(model.model.norm)
+    model.lm_head = RowLinear(probed, model.lm_head)  # type: ignore[assignment]
+    model.row_attention = RowAttention
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# Matrix products
+
+
+def linear_product(weight: Tensor) -> Product:
+    """x -> x W^T in PyTorch's own layout, for a weight (out, in)."""
+    return lambda x: F.linear(x, weight)
+
+
+def packed_product(weight: Tensor) -> Product:
+    """x -> x W^T with the weight (out, in) copied once into oneDNN's blocked layout.
+
+    Faster than the plain layout, and less sensitive to the number of rows.
+    """
+    ops = torch.ops.mkldnn
+    packed = ops._reorder_linear_weight(weight)
+    return lambda x: ops._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def batched_product(weight: Tensor) -> Product:
+    """x -> x W^T where up to MAX_ROWS rows are a batch of one-row products. weight (out, in)."""
+    columns = weight.t().contiguous()
+
+    def product(x: Tensor) -> Tensor:
+        if not 1 < x.shape[0] <= MAX_ROWS:
+            return x @ columns
+        return torch.bmm(x.unsqueeze(1), columns.expand(x.shape[0], -1, -1)).squeeze(1)
+
+    return product
+
+
+class RowLinear(nn.Module):
+    """x (T, in) -> (T, out): one or several linear layers of the same input, as one exact product.
+
+    A pass with fewer rows than `min_rows`, see safe_rows, is padded up to it.
+    """
+
+    SMALL = 1 << 20  # bytes of a weight up to which calling oneDNN costs more than it saves
+
+    def __init__(self, probed: dict, *layers: nn.Linear):
+        super().__init__()
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        ways: list[Callable[[Tensor], Product]] = [linear_product]
+        if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            if weight.dtype == torch.float32 or weight.dtype == auto_dtype(weight.device):
+                ways = [packed_product]
+            if weight.dtype != torch.bfloat16 and weight.nbytes <= self.SMALL:
+                ways = [batched_product, *ways]
+        for way in ways:  # the first that needs no padding, or the last
+            key = (way, weight.shape)
+            if key not in probed:
+                probed[key] = safe_rows(way, weight)
+            self.min_rows = probed[key]
+            if self.min_rows == 1:
+                break
+        self.product = way(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if rows > MAX_ROWS or x.dim() > 2 or 0 < self.min_rows <= rows:
+            return self.product(x)
+        if self.min_rows == 0:  # each row alone; a clone is aligned in memory, a slice may not be
+            return torch.cat([self.product(row.clone()) for row in x.split(1)])
+        return self.product(F.pad(x, (0, 0, 0, self.min_rows - rows)))[:rows]
+
+
+def safe_rows(way: Callable[[Tensor], Product], weight: Tensor) -> int:
+    """The smallest M such that way(weight) gives a row the same bits at M to MAX_ROWS rows.
+
+    weight (out, in). Found by trial on this machine, at every place of a row in a pass. 0 says that
+    no M does: then each row must run alone. The trial's terms cancel in pairs, so that nothing but
+    rounding errors is left of a sum. With random inputs a changed order of summation alters 1
+    bfloat16 result in 5,000; with these, nearly all. (A head, which is long, is tried as it is.)
+    """
+    out_features, in_features = weight.shape
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(in_features, generator=generator)
+    half = in_features // 2
+    first, second, left_over = order.tensor_split((half, 2 * half))
+
+    def draw(rows: int, sign: float) -> Tensor:
+        x = torch.randn(rows, in_features, generator=generator, dtype=torch.float64)
+        x[:, second] = sign * x[:, first]
+        x[:, left_over] = 0
+        return x.to(weight.device, weight.dtype)
+
+    product = way(weight if out_features > 1 << 14 else draw(out_features, -1.0))
+    smallest = 1
+    for _ in range(1 + 64 // out_features):  # few outputs show few differences: try more inputs
+        x = draw(MAX_ROWS, 1.0)
+        full = product(x)
+        for by in (1, 2, MAX_ROWS // 2):  # the place in a pass
+            if not torch.equal(product(x.roll(by, 0)).roll(-by, 0), full):
+                return 0
+        for rows in range(MAX_ROWS - 1, smallest - 1, -1):
+            starts = [*range(0, MAX_ROWS - rows, rows), MAX_ROWS - rows]
+            if not all(torch.equal(product(x[i : i + rows]), full[i : i + rows]) for i in starts):
+                smallest = rows + 1
+                break
+    return smallest
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention
+
+
+@lru_cache(maxsize=4)
+def causal_line(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`length` zeros, then as many -inf. The slice from length-1-p is position p's causal mask."""
+    with torch.inference_mode(False):
+        zeros = torch.zeros(length, dtype=dtype, device=device)
+        return torch.cat([zeros, zeros - math.inf])
+
+
+class RowAttention:
+    """model.row_attention, held to the bit: attend(layer, q, k, v) for T rows at start..start+T-1.
+
+    The rows are a *batch* of one-query sequences over the one cache: keys and values are expanded,
+    not copied. A row at position p has its own mask and sees a view of the cache whose length
+    depends on p alone, the next multiple of cache.VIEW. So it meets the same shapes in every pass.
+
+    The query heads that share a key/value head are the rows of its small products. They are padded
+    to a multiple of 8, so that each operand and each thread's scratch memory starts on 64 bytes:
+    MKL's order of summation depends on alignment. A single row with a single key/value head runs
+    twice: alone, MKL would split its products between threads.
+    """
+
+    def __init__(self, cache: KVQCache, start: int, rows: int):
+        self.cache, self.start = cache, start
+        self.long = row_attention(cache, start, rows) if rows > MAX_ROWS else None
+        self.slices = []  # rows that share a length of view run together
+        if self.long:
+            return
+        line = causal_line(cache.max_len, cache.keys.dtype, cache.keys.device)
+        middle = cache.max_len - 1
+        first = start
+        while first < start + rows:
+            view = cache.view_len(first + 1)
+            last = min(start + rows, view)
+            mask = torch.stack([line[middle - p : middle - p + view] for p in range(first, last)])
+            count = max(last - first, 2 if cache.keys.shape[1] == 1 else 1)
+            keys, values = (  # of each layer, the same for every row: (count, Hkv, view, hd)
+                x[:, None, :, :view].expand(-1, count, -1, -1, -1).unbind()
+                for x in (cache.keys, cache.values)
+            )
+            self.slices.append((first - start, last - start, keys, values, mask[:, None, None]))
+            first = last
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.long:
+            return self.long(layer, q, k, v)
+        self.cache.write(layer, self.start, k, v)
+        heads, groups = q.shape[1], k.shape[1]
+        q = q.unflatten(1, (groups, -1))  # (T, Hkv, G, hd)
+        q = F.pad(q, (0, 0, 0, -q.shape[2] % 8))
+        mixed = []
+        for first, last, keys, values, mask in self.slices:
+            part = q[first:last].expand(len(keys[layer]), -1, -1, -1)
+            part = F.scaled_dot_product_attention(part, keys[layer], values[layer], attn_mask=mask)
+            mixed.append(part[: last - first])
+        out = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        return out[:, :, : heads // groups].flatten(1, 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Layers
+
+
+class PackedNorm(RMSNorm):
+    """RMSNorm as x / sqrt(|x|^2 + n eps) * (sqrt(n) weight), in correctly rounded operations."""
+
+    def __init__(self, norm: RMSNorm):
+        nn.Module.__init__(self)
+        wide = torch.promote_types(norm.weight.dtype, torch.float32)
+        n = norm.weight.shape[0]
+        self.weight = math.sqrt(n) * norm.weight.detach().to(wide)  # type: ignore[assignment]
+        self.floor = self.weight.new_tensor(n * norm.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.weight.dtype)
+        length.square_().add_(self.floor).sqrt_()
+        return (x / length * self.weight).to(x.dtype)
+
+
+class PackedAttention(Attention):
+    """Attention with q, k and v in one product, and q and k in one rotation."""
+
+    def __init__(self, a: Attention, probed: dict):
+        nn.Module.__init__(self)
+        self.n_heads, self.n_kv_heads, self.head_dim = a.n_heads, a.n_kv_heads, a.head_dim
+        self.qkv_proj = RowLinear(probed, a.q_proj, a.k_proj, a.v_proj)
+        self.o_proj = RowLinear(probed, a.o_proj)  # type: ignore[assignment]
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        qk, v = qkv.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), -2)
+        q, k = rotate(qk, cos, sin).split((self.n_heads, self.n_kv_heads), -2)
+        return q, k, v
+
+
+class PackedMLP(MLP):
+    """MLP with gate and up in one product."""
+
+    def __init__(self, m: MLP, probed: dict):
+        nn.Module.__init__(self)
+        self.gate_up_proj = RowLinear(probed, m.gate_proj, m.up_proj)
+        self.down_proj = RowLinear(probed, m.down_proj)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(row_silu(gate) * up)
+
+
+def row_silu(gate: Tensor) -> Tensor:
+    """SiLU whose rows do not see each other; gate (..., T, hidden_dim) is a view of gate_up's rows.
+
+    A strided view is looped over row by row, so each row has its own tail, always at its end. From
+    32,768 elements on PyTorch cuts the range between threads wherever it falls: rows go singly.
+    """
+    if gate.dim() == 2 and gate.shape[0] <= MAX_ROWS and gate.numel() >= 32768:
+        return torch.stack([F.silu(row) for row in gate])
+    return F.silu(gate)

@@ -1,0 +1,102 @@
+"""Fewer layers per token, without verification: the text is not the full model's.
+
+    python -m extras.early_exit --confidence 0.9 --exit 6            LITE (arXiv 2310.18581)
+    python -m extras.early_exit --confidence 1 --keep-layers 0::2    LayerDrop (arXiv 1909.11556)
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from command import BLUE, GREEN, Show, command_errors
+from decode import check_request, new_cache, next_token
+from exact import pack
+from extras.trace import parser, start
+from model import Llama, prefill
+
+
+def keep_layers(model: Llama, layers: Iterable[int]) -> Llama:
+    """A Llama of these layers alone: LayerDrop's pruning at inference (section 3.2).
+
+    The modules are the model's own: packing one of the two packs layers of both. Raises ValueError
+    unless the layers rise and exist.
+    """
+    kept, last = list(layers), model.config.n_layers - 1
+    if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] <= last:
+        raise ValueError(f"the layers to keep must rise from 0 to at most {last}, not {kept}")
+    with torch.device("meta"):
+        thin = Llama(replace(model.config, n_layers=len(kept)))
+    thin.model.layers = nn.ModuleList(model.model.layers[l] for l in kept)
+    thin.model.embed_tokens, thin.model.norm = model.model.embed_tokens, model.model.norm
+    thin.lm_head, thin.row_attention = model.lm_head, model.row_attention
+    return thin.train(model.training)
+
+
+@torch.inference_mode()
+def generate_confident(
+    model: Llama, prompt_ids: list[int], confidence: float, settings: dict
+) -> Iterator[tuple[int, int]]:
+    """New tokens, and how many layers each ran: LITE's early exit (section 4).
+
+    A token leaves at the first exit whose top probability is at least `confidence`: after
+    exit_layer, after every eighth of the layers from there on, or at the end. The layers that it
+    skips get keys and values of its last state (CALM's state propagation, arXiv 2207.07061).
+    `settings` are generate's. Raises ValueError or TypeError, at the first token.
+    """
+    c, first, tokens = model.config, settings["exit_layer"], list(prompt_ids)
+    check_request(c, tokens, first, 1, settings["max_new_tokens"])
+    if not 0 < confidence <= 1:
+        raise ValueError(f"the confidence must be above 0 and at most 1, not {confidence}")
+    exits = [*range(max(first, 1), c.n_layers, max(1, c.n_layers // 8)), c.n_layers]
+    end = min(len(tokens) + settings["max_new_tokens"], c.max_len)
+    cache = new_cache(c, end, 0, model.dtype, model.device)
+    prefill(model, cache, tokens[:-1])
+    while len(tokens) < end:
+        h, depth = model.embed(torch.tensor(tokens[-1:], device=model.device)), 0
+        for last in exits:
+            h, depth = model.run_layers(h, depth, last, cache, cache.length), last
+            logits = model.unembed(h)[0]
+            if logits.float().softmax(-1).max() >= confidence:
+                break
+        for l in range(depth, c.n_layers):
+            layer, rotary = model.model.layers[l], model.rotary(cache.length, 1)
+            _, k, v = layer.self_attn.project(layer.input_layernorm(h), *rotary)
+            cache.write(l, cache.length, k, v)
+        cache.accept(1)
+        tokens.append(next_token(logits, len(tokens), settings["sampling"]))
+        yield tokens[-1], depth
+        if tokens[-1] in settings["eos"]:
+            return
+
+
+def layers(text: str) -> slice:
+    """'0::2' -> slice(0, None, 2)."""
+    return slice(*(int(n) if n else None for n in text.split(":")))
+
+
+def main() -> None:
+    p = parser("early_exit", "A token leaves at the first exit that is sure of it.", 128)
+    add = p.add_argument
+    add("--confidence", type=float, default=0.9, metavar="C", help="what is sure; %(default)s")
+    add("--exit", type=int, dest="exit_layer", metavar="E", help="the first exit")
+    add("--keep-layers", type=layers, metavar="A:B:C", help="drop the others; 0::2, every other")
+    args = p.parse_args()
+    with command_errors(p.prog):
+        model, tokenizer, ids, settings = start(args)
+        if args.keep_layers:
+            model = keep_layers(model, range(model.config.n_layers)[args.keep_layers])
+        last, depths, show = model.config.n_layers, [], Show(tokenizer, ids, args.prompt)
+        if args.exit_layer is None:
+            settings["exit_layer"] = min(settings["exit_layer"], last - 1)
+        for token, depth in generate_confident(pack(model), ids, args.confidence, settings):
+            show.put(show.stream.feed([token]), GREEN if depth < last else BLUE)
+            depths.append(depth)
+        show.finish()
+        print(f"\n{sum(depths) / len(depths):.2f} of {last} layers per token", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The directory of a training run: its lock, its tokens, its state, its metrics.
+
+A run is one process. extras/sharded.py has the same for several, as a subclass: the methods that do
+nothing here are theirs.
+"""
+
+import fcntl
+import json
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from checkpoint import parse_object, read_json, whole_file
+from data import Tokens, read_corpus, train_tokenizer, write_tokens
+from tokenizer import Tokenizer
+
+FOREIGN = ("config.json", "params.json", "*.safetensors", "*.index.json", "tokenizer*")
+
+
+class Run:
+    """A directory that one run trains in. Raises ValueError, one line, on what cannot be used."""
+
+    rank, world, state = 0, 1, "state.safetensors"
+
+    def __init__(self, out: str | Path, init: str | Path | None):
+        self.out, self.init = Path(out), None if init is None else Path(init)
+
+    def lock(self) -> None:
+        """Makes the directory this run's alone. Refuses one with a checkpoint that no run made."""
+        ours = (self.out / "data.json").exists()
+        other = "state.safetensors" if self.state != "state.safetensors" else "state-shards"
+        if (self.out / other).exists():
+            how = "without" if self.world > 1 else "with"
+            raise ValueError(f"{self.out} holds a run {how} torchrun: go on with it that way")
+        if self.init and self.out.resolve() == self.init.resolve():
+            raise ValueError("--out is --init: choose another --out")
+        if self.out.is_dir() and not ours and any(any(self.out.glob(f)) for f in FOREIGN):
+            raise ValueError(f"{self.out} holds a checkpoint of no run: choose another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.locked = open(self.out / "lock", "w")
+        try:
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another run trains in {self.out}: choose another --out") from None
+
+    def prepare_data(self, sources: list[str], vocab: int) -> tuple[Tokens, Tokens, Tokenizer]:
+        """Training and held-out tokens, and the tokenizer: --init's, or one trained here.
+
+        Made once. Raises ValueError where the directory holds those of other settings.
+        """
+        wanted = {"data": sources, "vocab": vocab, "init": self.init and str(self.init)}
+        done = self.out / "data.json"
+        if not done.exists():
+            print("reading the data", file=sys.stderr)
+            if self.init:
+                for name in ("tokenizer.model", "tokenizer.json"):
+                    if (self.init / name).is_file():
+                        shutil.copyfile(self.init / name, self.out / name)
+                tokenizer = Tokenizer(self.out)
+            else:
+                texts = (d.prompt + d.text for d in read_corpus(sources) if not d.held_out)
+                tokenizer = train_tokenizer(texts, vocab, self.out / "tokenizer.model")
+            write_tokens(read_corpus(sources), tokenizer, self.out)
+            self.write_json("data.json", wanted)
+        elif read_json(done) != wanted:
+            what = "tokens of other --data, --vocab or --init"
+            raise ValueError(f"{self.out} holds {what}: choose another --out")
+        tokenizer = Tokenizer(self.out)
+        files = [self.out / "train.bin", self.out / "held_out.bin"]
+        for file in files:
+            if not file.is_file() or not file.stat().st_size:
+                raise ValueError(f"{file} is empty or missing: choose another --out")
+        train, held_out = (Tokens(file, tokenizer.vocab_size) for file in files)
+        return train, held_out, tokenizer
+
+    def write_json(self, name: str, content: dict) -> None:
+        """Writes a file of the directory, whole or not at all."""
+        with whole_file(self.out / name) as file:
+            file.write(json.dumps(content, indent=2).encode() + b"\n")
+
+    # ------------------------------------------------------------------------------------- state
+
+    def save_state(self, tensors: dict[str, Tensor], about: dict) -> None:
+        """Writes the state, whole or not at all: tensors by name, and what is to know of them."""
+        with whole_file(self.out / self.state) as file:
+            save_file(tensors, file.name, {"run": json.dumps(about)})
+
+    def load_state(self, tensors: dict[str, Tensor], settings: dict) -> tuple[int, int]:
+        """Reads the state into tensors of the same names and shapes: its step, and steps in all.
+
+        (0, 0) where there is none. Raises ValueError where it is damaged or of other settings.
+        """
+        path = self.out / self.state
+        if not path.exists():
+            return 0, 0
+        wrong = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+        try:
+            found = self.about(path)
+            step, steps = found["step"], found["steps"]
+            differs = [k for k, v in settings.items() if found["settings"].get(k) != v]
+            if type(step) is not int or type(steps) is not int or not 0 < step <= steps:
+                raise ValueError(f"its step is {step!r:.40} of {steps!r:.40}")
+        except (*wrong, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged ({error!s:.200}): choose another --out") from None
+        if differs:
+            what = f"a run with other settings ({', '.join(differs)})"
+            raise ValueError(f"{self.out} holds {what}: use the same, or another --out")
+        try:
+            self.read_tensors(path, tensors)
+        except (*wrong, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged ({error!s:.200}): choose another --out") from None
+        return step, steps
+
+    def about(self, path: Path) -> dict:
+        """What save_state was told about the state at `path`."""
+        with safe_open(path, framework="pt") as file:
+            return parse_object((file.metadata() or {}).get("run", ""), path.name)
+
+    def read_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """Copies what is stored into `tensors`."""
+        with safe_open(path, framework="pt") as file:
+            for name, tensor in tensors.items():
+                tensor.copy_(file.get_tensor(name))
+
+    def saved_step(self) -> object:
+        """The step of the checkpoint, None where there is none."""
+        path = self.out / "training.json"
+        return read_json(path).get("steps") if path.exists() else None
+
+    def add_metrics(self, row: dict) -> None:
+        """Appends a row to metrics.jsonl."""
+        if self.rank == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def take_back_metrics(self, step: int) -> None:
+        """Drops rows after `step`, which a killed run wrote, and rows that are damaged."""
+        path, kept = self.out / "metrics.jsonl", []
+        if self.rank or not path.exists():
+            return
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                found = parse_object(line, path.name).get("step")
+            except ValueError:
+                continue
+            if type(found) is int and found <= step:
+                kept.append(line + "\n")
+        with whole_file(path) as file:
+            file.write("".join(kept).encode())
+
+    # -------------------------------------------------------------------- for several processes
+
+    def shard(self, module: nn.Module, layers: Iterable[nn.Module]) -> None:
+        """Spreads parameters, gradients and the optimiser's state over the processes."""
+
+    def whole_weights(self, module: nn.Module) -> dict[str, Any]:
+        """The module's weights by name, whole, for the first process."""
+        return module.state_dict()
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x (...) added up over the processes, the same shape."""
+        return x
+
+    def agree(self, number: int) -> int:
+        """The largest number that any process says."""
+        return number
+
+    def wait(self) -> None:
+        """Returns when every process has come here."""
+
+    def close(self) -> None:
+        """Ends what joins the processes."""

@@ -1,0 +1,496 @@
+"""Early exit runs fewer layers, the lens says what the model says, a trace holds the rounds."""
+
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import tiny_config, tiny_model
+
+from command import load
+from decode import Round, Sampling, generate, new_cache, next_token
+from exact import RowAttention, pack
+from extras import early_exit, lens, trace
+from extras.early_exit import generate_confident, keep_layers
+from extras.lens import GREENS, REDS, Lens, choose_exit, exits, fit, layers_needed
+from extras.trace import boxes, piece, trace_json
+from model import load_checkpoint, save_checkpoint
+from porting import check
+
+COMMANDS = dict(trace=trace, lens=lens, early_exit=early_exit)
+PROMPT = ["--prompt", "def f(x):"]
+
+
+@pytest.fixture(scope="module")
+def ckpt(shipped, tmp_path_factory):
+    """A small checkpoint whose first two of four layers foresee most of what the whole says."""
+    path = tmp_path_factory.mktemp("ckpt")
+    config = tiny_config(vocab_size=2048, bos=1, max_len=200, tied=True)
+    save_checkpoint(tiny_model(config, damp_from=2), path)
+    (path / "tokenizer.model").write_bytes((shipped / "tokenizer.model").read_bytes())
+    return path
+
+
+@pytest.fixture
+def cli(ckpt, capsys, monkeypatch):
+    """cli("trace", "--exit", "2") -> code, out, err of a command on the small checkpoint."""
+
+    def call(name, *args, prompt=PROMPT):
+        monkeypatch.setattr(sys, "argv", [name, "--ckpt", str(ckpt), *prompt, *args])
+        code = 0
+        try:
+            COMMANDS[name].main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return call
+
+
+# --------------------------------------------------------------------------------------------------
+# Early exit
+
+
+def test_a_model_of_some_layers_is_those_layers_in_their_order_and_the_whole_stays():
+    whole, x = tiny_model(tiny_config()), torch.arange(7)[None]
+    h, before = whole.embed(x), whole(x)
+    for l in (0, 2, 3):
+        h = whole.run_layers(h, l, l + 1)
+    thin = keep_layers(whole, (0, 2, 3))
+    assert torch.equal(thin(x), whole.unembed(h)) and thin.config.n_layers == 3
+    assert not thin.training and thin.model.layers[1] is whole.model.layers[2]
+    assert keep_layers(pack(tiny_model(tiny_config())), (0, 1)).row_attention is RowAttention
+    assert torch.equal(whole(x), before) and whole.config.n_layers == 4
+
+
+@torch.inference_mode()
+def exit_text(model, prompt, count, depth, sampling=Sampling()):
+    """What the first `depth` layers decode: one pass over the whole text for each new token."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + count:
+        h = model.run_layers(model.embed(torch.tensor([tokens])), 0, depth)
+        tokens.append(next_token(model.unembed(h)[0, -1], len(tokens), sampling))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("packed_first", [True, False])
+def test_a_model_of_the_first_layers_decodes_as_an_exit_there(packed_first):
+    whole = tiny_model(tiny_config(), damp_from=2, dtype=torch.float64)
+    expected = exit_text(whole, [3, 1, 4], 20, 2)
+    thin = keep_layers(pack(whole) if packed_first else whole, range(2))
+    rounds = generate(pack(thin), [3, 1, 4], max_new_tokens=20, eos=())
+    assert [t for r in rounds for t in r.emitted] == expected
+
+
+@pytest.mark.parametrize("kept", [[], [0, 4], [2, 1], [1, 1], [-1, 2]])
+def test_layers_that_cannot_be_kept_are_refused(kept):
+    with pytest.raises(ValueError, match="layers to keep"):
+        keep_layers(tiny_model(tiny_config()), kept)
+
+
+def confident(model, confidence, exit_layer=2, prompt=(7, 3), count=40, temperature=0.0):
+    sampling = Sampling(temperature, seed=5)
+    settings = dict(exit_layer=exit_layer, max_new_tokens=count, sampling=sampling, eos=())
+    return list(generate_confident(model, list(prompt), confidence, settings))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_confident_exits_span_the_first_exit_alone_and_the_full_model(temperature):
+    model = tiny_model(tiny_config(n_layers=8), damp_from=3, dtype=torch.float64)
+    sampling = Sampling(temperature, seed=5)
+    alone, full = (exit_text(model, [7, 3], 40, depth, sampling) for depth in (2, 8))
+    pack(model)
+    always, never, between = (
+        confident(model, c, temperature=temperature) for c in (1e-9, 1.0, 0.2)
+    )
+    assert always == [(token, 2) for token in alone]
+    assert never == [(token, 8) for token in full]
+    depths = {depth for _, depth in between}
+    assert {2, 8} <= depths <= set(range(2, 9)) and always != never
+
+
+def test_a_token_leaves_at_the_first_exit_that_is_sure_and_fills_the_layers_it_skips(monkeypatch):
+    """By hand: every exit's confidence, and keys and values as if its last state entered each."""
+    caches = []
+
+    def kept_cache(*shape):
+        caches.append(new_cache(*shape))
+        return caches[-1]
+
+    monkeypatch.setattr(early_exit, "new_cache", kept_cache)
+    model = pack(tiny_model(tiny_config(n_layers=16), damp_from=3))
+    c, prompt = model.config, [7, 3, 9]
+    found = confident(model, 0.25, exit_layer=3, prompt=prompt)
+    with torch.inference_mode():
+        cache = new_cache(c, 64, 0, model.dtype, model.device)
+        model.run_layers(model.embed(torch.tensor(prompt[:-1])), 0, c.n_layers, cache)
+        for place, (token, depth) in enumerate(found, len(prompt) - 1):
+            last = prompt[-1] if place < len(prompt) else found[place - len(prompt)][0]
+            h, sure = model.embed(torch.tensor([last])), []
+            for l in range(c.n_layers):
+                h = model.run_layers(h, l, l + 1, cache, place)
+                if l + 1 == depth:
+                    assert int(model.unembed(h)[0].argmax()) == token
+                    entered = h
+                if l + 1 > depth:
+                    model.run_layers(entered, l, l + 1, cache, place)
+                sure.append(model.unembed(h)[0].softmax(-1).max().item())
+            exits = [e for e in (3, 5, 7, 9, 11, 13, 15) if e < depth]
+            assert depth in (3, 5, 7, 9, 11, 13, 15, 16)
+            assert all(sure[e - 1] < 0.25 for e in exits)
+            assert depth == 16 or sure[depth - 1] >= 0.25
+    length = caches[0].length
+    assert length == len(prompt) - 1 + 40 and len({depth for _, depth in found}) > 2
+    for ours, by_hand in ((caches[0].keys, cache.keys), (caches[0].values, cache.values)):
+        torch.testing.assert_close(ours[:, :, :length], by_hand[:, :, :length])
+
+
+def test_a_confident_exit_stops_at_the_end_of_text_and_of_the_context():
+    model = pack(tiny_model(tiny_config(max_len=30), damp_from=2))
+    free = [token for token, _ in confident(model, 0.3)]
+    assert len(free) == 28
+    settings = dict(exit_layer=2, max_new_tokens=40, sampling=Sampling(), eos=(free[5],))
+    ended = [token for token, _ in generate_confident(model, [7, 3], 0.3, settings)]
+    assert ended == free[: free.index(free[5]) + 1]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(confidence=0.0),
+        dict(confidence=1.5),
+        dict(exit_layer=4),
+        dict(exit_layer=-1),
+        dict(count=0),
+        dict(prompt=()),
+    ],
+)
+def test_a_confident_exit_that_cannot_run_is_refused(bad):
+    with pytest.raises(ValueError):
+        confident(tiny_model(tiny_config()), **{"confidence": 0.5, **bad})
+
+
+def test_the_command_says_how_many_layers_a_token_ran(cli, ckpt):
+    few = ("early_exit", "--max-new-tokens", "9", "--confidence")
+    always = cli(*few, "0.00001", "--exit", "1")
+    assert always.code == 0 and "\033" not in always.out
+    assert "1.00 of 4 layers per token" in always.err
+    never = cli(*few, "1")
+    assert "4.00 of 4 layers per token" in never.err and len(never.out) > 5
+    pruned = cli(*few, "1", "--keep-layers", "0::2")
+    assert "2.00 of 2 layers per token" in pruned.err
+    model, tokenizer = load(ckpt)
+    ids = tokenizer.encode("def f(x):")
+    rounds = generate(pack(keep_layers(model, (0, 2))), ids, max_new_tokens=9)
+    said = [t for r in rounds for t in r.emitted]
+    assert pruned.out.rstrip("\n") == tokenizer.decode(ids + said)[len("def f(x):") :].rstrip("\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# Lens
+
+
+@pytest.mark.parametrize(
+    "most, prefilled, passes",
+    [
+        ((512, 16), 0, [12]),
+        ((512, 16), 8, [8, 4]),
+        ((5, 3), 8, [5, 3, 3, 1]),
+        ((5, 3), 11, [5, 5, 1, 1]),
+    ],
+)
+def test_every_exit_says_what_its_layers_say_in_passes_like_generates(
+    monkeypatch, most, prefilled, passes
+):
+    monkeypatch.setattr(lens, "PREFILL_ROWS", most[0])
+    monkeypatch.setattr(lens, "MAX_ROWS", most[1])
+    model = tiny_model(tiny_config(), dtype=torch.float64)
+    tokens = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32]
+    with torch.inference_mode():
+        after = [model.run_layers(model.embed(torch.tensor([tokens])), 0, e) for e in range(1, 5)]
+        logits = [model.unembed(h)[0] for h in after]
+    rows, embed = [], model.embed
+    monkeypatch.setattr(model, "embed", lambda tokens: rows.append(len(tokens)) or embed(tokens))
+    said, sure = exits(model, tokens, prefilled)
+    assert rows == passes
+    assert torch.equal(said, torch.stack([x.argmax(-1) for x in logits]))
+    expected = torch.stack([x.softmax(-1).amax(-1) for x in logits])
+    assert torch.allclose(sure.double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_last_row_is_the_full_models_text_though_two_tokens_tie(seed):
+    """Half of these heads' rows are doubles of the other half, so that nearly every choice ties."""
+    model = tiny_model(tiny_config(), seed, dtype=torch.bfloat16)
+    model.lm_head.weight.data[30:60] = model.lm_head.weight.data[:30]
+    prompt = [seed, 2, 3, 4, 5]
+    new = [t for r in generate(pack(model), prompt, max_new_tokens=40, eos=()) for t in r.emitted]
+    said, _ = exits(model, prompt + new, len(prompt) - 1)
+    assert said[-1, len(prompt) - 1 : -1].tolist() == new
+
+
+def test_layers_needed_on_a_table_made_by_hand():
+    columns = [[7, 7, 7, 7], [1, 7, 7, 7], [7, 1, 7, 7], [7, 7, 1, 7], [1, 1, 7, 7], [1, 1, 1, 7]]
+    assert layers_needed(torch.tensor(columns).T).tolist() == [1, 2, 3, 4, 3, 4]
+
+
+def by_hand(said, needed):
+    """A Lens of a table, without a model."""
+    made = Lens.__new__(Lens)
+    made.said, made.needed = said, torch.tensor(needed)
+    made.tokens = [" " + str(t) for t in range(len(said[0]))]
+    made.agrees = torch.tensor([[a == b for a, b in zip(row, said[-1])] for row in said])
+    made.sure = torch.full(made.agrees.shape, 0.99)
+    return made
+
+
+def test_the_table_marks_agreement_and_its_blocks_fit_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "53")
+    table = by_hand([["a", "漢字漢字", "c"] * 3, ["b", "漢字漢字", "d"] * 3], [2, 1, 2] * 3)
+    lines = table.text().splitlines()
+    assert [line.split() for line in lines[:4]] == [
+        ["exit", *"01234"],
+        ["1", "a", "✓漢字漢…", "c", "a", "✓漢字漢…"],
+        ["2", "✓b", "✓漢字漢…", "✓d", "✓b", "✓漢字漢…"],
+        ["needs", *"21221"],
+    ]
+    assert len(lines) == 9 and lines[5].split() == ["exit", *"5678"]
+    said = table.statistics()
+    assert "1.67 of 2" in said and "9 tokens" in said
+    assert "a quarter of them 1 at most, half 2, three quarters 2" in said
+
+
+def test_a_token_is_one_printable_piece_of_a_fixed_width(shipped):
+    _, tokenizer = load(shipped)
+    shown = [piece(tokenizer, token) for token in range(tokenizer.vocab_size)]
+    assert all(text and not set(text) & set("\n\t \033\r") for text in shown)
+    ids = tokenizer.encode("a  b\n\tc", bos=False)
+    assert "".join(piece(tokenizer, token) for token in ids).lstrip("·") == "a··b⏎→c"
+    assert piece(tokenizer, 1) == "<1>"
+    assert fit("abc", 5) == "abc  " and fit("abcdef", 5) == "abcd…" and fit("漢字漢", 5) == "漢字…"
+    assert fit("abcde", 5) == "abcde" and fit("漢字漢字", 5) == "漢字…"
+
+
+def test_each_generated_token_stands_right_of_the_last_layers_word(cli, ckpt, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    _, tokenizer = load(ckpt)
+    known = len(tokenizer.encode("def f(x):"))
+    run = cli("lens", "--max-new-tokens", "5")
+    assert run.code == 0 and f"over {known + 5} tokens" in run.err and "\033" not in run.out
+    header, *rows, _ = run.out.rstrip().splitlines()
+    cells = [[row[6 + 9 * t :][:9].strip() for t in range(known + 5)] for row in (header, *rows)]
+    assert [t for t, x in enumerate(cells[0]) if x.startswith("+")] == [*range(known, known + 5)]
+    for t in range(known, known + 5):
+        assert cells[-1][t - 1] == "✓" + cells[0][t][1:]
+    monkeypatch.setattr(lens, "run", lambda rounds: SimpleNamespace(ids=[5, 2]))
+    assert f"over {known + 1} tokens" in cli("lens").err, "an EOS is no token of the text"
+    alone = cli("lens", "--max-new-tokens", "0")
+    assert f"over {known} tokens" in alone.err and "+" not in alone.out.splitlines()[0]
+
+
+def test_a_terminal_gets_shades_unless_no_color_is_set(cli, monkeypatch):
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    table = cli("lens").out
+    assert any(f"48;5;{g}m✓" in table for g in GREENS)
+    assert any(f"48;5;{r}m " in table for r in REDS)
+    rounds = cli("trace", "--exit", "2", "--min-confidence", "0").out
+    assert "\033[32m[✓" in rounds and "\033[31m[✗" in rounds and "\033[94m[+" in rounds
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033" not in cli("lens").out + cli("trace").out
+
+
+def test_the_figure_is_a_whole_png(cli, tmp_path):
+    (tmp_path / "lens.png.new").write_text("mine")
+    run = cli("lens", "--max-new-tokens", "2", "--png", str(tmp_path / "lens.png"))
+    assert run.code == 0 and "exit" in run.out and "on average" in run.err
+    assert {f.name for f in tmp_path.iterdir()} == {"lens.png", "lens.png.new"}
+    assert (tmp_path / "lens.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "lens.png.new").read_text() == "mine"
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_the_figure_takes_any_token():
+    file = io.BytesIO()
+    by_hand([["$x_{$", "漢字", "\\"], ["$$", "a^b", "%"]], [2, 2, 2]).draw(file)
+    assert file.getvalue().startswith(b"\x89PNG")
+
+
+# --------------------------------------------------------------------------------------------------
+# --exit auto
+
+
+def chosen(monkeypatch, right, sure, seconds):
+    """(exit_layer, draft_len) for 4 layers, of which the first is right and sure as given.
+
+    The second and third are always sure and never right. seconds(layers, rows) is a pass.
+    """
+    said = torch.ones(4, len(right), dtype=torch.long)
+    said[0], said[3] = ~torch.tensor(right), 0
+    probability = torch.ones(4, len(right))
+    probability[0] = torch.tensor(sure).float()
+    monkeypatch.setattr(lens, "exits", lambda model, tokens: (said, probability))
+    monkeypatch.setattr(lens, "pass_seconds", lambda model: seconds)
+    settings = dict(exit_layer=5, draft_len=9, min_confidence=0.5)
+    found = choose_exit(None, [0] * len(right), settings)
+    assert found.keys() == {"exit_layer", "draft_len"}
+    return tuple(found.values())
+
+
+def test_the_exit_and_length_chosen_make_the_most_tokens_per_second_of_the_prompt(monkeypatch):
+    """The first exit is right ten times, then wrong five times, three times over.
+
+    Where only layers cost, a round with k guesses takes k + 4. Per 15 tokens of the prompt, d = 1
+    makes 10 rounds of 5, d = 2 makes 8 of 6, d = 3 makes 7 of 7.
+    """
+    right = ([True] * 10 + [False] * 5) * 3
+    always = [True] * 45
+    assert chosen(monkeypatch, right, always, lambda layers, rows: layers) == (1, 2)
+    assert chosen(monkeypatch, right, always, lambda layers, rows: layers * rows) == (1, 1)
+    # A doubtful guess is not drafted, so a long draft costs nothing where the exit is wrong.
+    assert chosen(monkeypatch, right, right, lambda layers, rows: layers) == (1, 10)
+
+
+def test_the_exit_chosen_is_the_first_that_agrees_with_the_model(monkeypatch):
+    monkeypatch.setattr(lens, "pass_seconds", lambda model: lambda layers, rows: layers + 1.0)
+    model = tiny_model(tiny_config(n_layers=8), damp_from=3, damping=0.0)
+    prompt = torch.randint(61, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    found = choose_exit(model, prompt, dict(exit_layer=5, draft_len=9, min_confidence=0.0))
+    assert found["exit_layer"] == 3 and found["draft_len"] > 3
+
+
+def test_a_short_prompt_keeps_the_settings_and_of_a_long_one_the_end_is_read(monkeypatch):
+    model = tiny_model(tiny_config(n_layers=8), damp_from=3)
+    settings = dict(exit_layer=5, draft_len=9, min_confidence=0.3, eos=(2,))
+    assert choose_exit(model, [3] * 15, settings) == dict(exit_layer=5, draft_len=9)
+    found = choose_exit(model, [3, 1, 4, 1] * 4, settings)  # timed on this machine
+    assert 1 <= found["exit_layer"] <= 7 and 1 <= found["draft_len"] <= 15
+    read, prompt = [], list(range(60)) * 4
+    monkeypatch.setattr(lens, "exits", lambda m, tokens: read.append(tokens) or exits(m, tokens))
+    choose_exit(model, prompt, settings)
+    assert read == [prompt[:1] + prompt[-128:]]
+
+
+# --------------------------------------------------------------------------------------------------
+# Trace
+
+ROUNDS = {  # drafted, accepted, emitted: signs
+    "one wrong": ([1, 2, 3, 4], 1, [1, 9], "✓✗--+"),
+    "all right": ([1, 2], 2, [1, 2, 9], "✓✓+"),
+    "all wrong": ([1, 2], 0, [9], "✗-+"),
+    "nothing drafted": ([], 0, [9], "+"),
+    "ends with an accepted EOS": ([1, 5], 2, [1, 5], "✓✓"),
+    "drafted beyond an accepted EOS": ([1, 5, 7], 2, [1, 5], "✓✓-"),
+}
+
+
+@pytest.mark.parametrize("case", ROUNDS)
+def test_boxes_hold_exactly_the_tokens_of_the_round(case):
+    drafted, accepted, emitted, signs = ROUNDS[case]
+    found = boxes(Round(drafted, accepted, emitted, None, 0.0, 0.0))
+    assert "".join(sign for sign, _ in found) == signs
+    assert [token for sign, token in found if sign in "✓+"] == emitted
+    assert [token for sign, token in found if sign != "+"] == drafted
+
+
+HOW = {
+    "early exit": ["--exit", "2", "--draft", "4", "--min-confidence", "0"],
+    "sampled": ["--exit", "1", "--draft", "3", "--temperature", "0.9", "--seed", "3"],
+    "plain": ["--exit", "0"],
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_trace_is_a_line_a_round_and_its_file_repeats_the_run(cli, ckpt, tmp_path, how):
+    file = tmp_path / "trace.json"
+    (tmp_path / "trace.json.new").write_text("mine")
+    run = cli("trace", *HOW[how], "--max-new-tokens", "30", "--json", str(file))
+    assert run.code == 0 and "\033" not in run.out and "30 tokens in" in run.err
+    assert {f.name for f in tmp_path.iterdir()} == {"trace.json", "trace.json.new"}
+    case = json.loads(file.read_bytes())["cases"][0]
+    model, tokenizer = load(ckpt)
+    assert case["prompt"] == tokenizer.encode("def f(x):")
+    names = ["temperature", "top_k", "top_p", "seed"]
+    sampling = Sampling(**{name: case["settings"].pop(name) for name in names})
+    rounds = list(generate(pack(model), case["prompt"], sampling=sampling, **case["settings"]))
+    kept = ("drafted", "accepted", "emitted")
+    written = [[r[k] for k in kept] for r in case["rounds"]]
+    assert [[getattr(r, k) for k in kept] for r in rounds] == written
+    known = len(case["prompt"])
+    for number, (line, r) in enumerate(zip(run.out.splitlines(), case["rounds"], strict=True), 1):
+        known += len(r["emitted"])
+        assert r["length"] == known - 1 and r["draft_seconds"] >= 0 < r["verify_seconds"]
+        assert line.split()[0] == str(number) and line.count(" ms ") == 2
+        assert line.count("[✓") == r["accepted"]
+    assert known == len(case["prompt"]) + 30 and max(len(r["drafted"]) for r in case["rounds"]) <= 4
+
+
+def test_the_checker_of_ports_reads_a_trace():
+    """A golden case, decoded here and written by trace_json, breaks no rule; a changed one does."""
+    golden = json.loads((check.GOLDEN / "cases.json").read_text())["cases"]
+    case = next(c for c in golden if c["settings"]["exit_layer"] and c["settings"]["temperature"])
+    settings = {**case["settings"], "eos": tuple(case["settings"]["eos"])}
+    names = ["temperature", "top_k", "top_p", "seed"]
+    settings["sampling"] = Sampling(**{name: settings.pop(name) for name in names})
+    model = pack(load_checkpoint(check.GOLDEN / "model", torch.float32))
+    rounds = list(generate(model, case["prompt"], **settings))
+    written = trace_json(rounds, case["prompt"], settings)
+    written["cases"][0]["name"] = case["name"]
+    written = json.loads(json.dumps(written))
+    assert check.check(written).broken is None
+    written["cases"][0]["rounds"][0]["length"] += 1
+    assert check.check(written).broken.rule == "5.4"
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands
+
+
+@pytest.mark.parametrize("name, option", [("trace", "--json"), ("lens", "--png")])
+@pytest.mark.parametrize("path", ["missing/f", ".", "/dev/null", "a\0b", "n" * 300])
+def test_a_path_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    cli, tmp_path, monkeypatch, name, option, path
+):
+    monkeypatch.setattr(COMMANDS[name], "start", None)
+    monkeypatch.chdir(tmp_path)
+    run = cli(name, option, path)
+    assert run.code == 2 and run.err.count("\n") == 1 and not run.out and not [*tmp_path.iterdir()]
+
+
+BAD = """
+trace --exit 4
+trace --draft 16
+trace --min-confidence 1
+trace --temperature -1
+trace --seed -1
+trace --max-new-tokens 0
+trace --prompt=
+trace --exit two
+lens --max-new-tokens -1
+lens --ckpt none
+lens --prompt=\udcff
+early_exit --confidence 0
+early_exit --exit 9
+early_exit --keep-layers 9:
+early_exit --keep-layers 0::0
+early_exit --keep-layers a:b
+""".strip().splitlines() + ["lens --max-new-tokens 0 --prompt=" + "x" * 2000]
+
+
+@pytest.mark.parametrize("options", BAD)
+def test_what_cannot_run_is_one_line_and_exit_code_2(cli, options):
+    run = cli(*options.split())
+    assert run.code == 2 and not run.out
+    lines = [line for line in run.err.splitlines() if not line.startswith(("usage:", " "))]
+    assert len(lines) == 1 + lines[0].startswith("✓") and ": " in lines[-1]
+    assert "Traceback" not in run.err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_a_screen(cli, name):
+    run = cli(name, "--help")
+    lines = run.out.splitlines()
+    assert run.code == 0 and len(lines) <= 24 and max(map(len, lines)) <= 80
