@@ -58,7 +58,7 @@ def command_errors(name: str) -> Iterator[None]:
     raise SystemExit(code)
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Loading
 
 
@@ -109,7 +109,7 @@ def default_settings(ckpt: Path, config: Config, tokenizer: Tokenizer) -> dict:
     )
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Running and showing
 
 
@@ -165,6 +165,17 @@ def run(
             on_round(r)
         started = time.perf_counter()
     return into
+
+
+def comparison(result: Run, full: Run) -> str:
+    """One sentence: the same tokens and logits or not, and the ratio of the speeds."""
+    speedup = f"{result.tokens_per_second / full.tokens_per_second:.2f} times its speed"
+    if result.ids != full.ids:
+        same = [*(a == b for a, b in zip(result.ids, full.ids)), False].index(False)
+        return f"NOT identical to the full model after {same} tokens, {speedup}"
+    a, b = (torch.cat([r.logits for r in x.rounds if r.logits is not None]) for x in (result, full))
+    bits = ", logits equal to the last bit" if torch.equal(a, b) else ""
+    return f"identical to the full model ({len(full.ids)} tokens{bits}), {speedup}"
 
 
 GREEN, BLUE, DIM, RESET = "\033[32m", "\033[94m", "\033[2m", "\033[0m"

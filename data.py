@@ -1,8 +1,9 @@
-"""Text to token memmaps; the default corpus is the Python standard library's own source.
+"""Text to token memmaps. The default corpus is the Python standard library's own source.
 
-Every machine that runs this has that text, in nearly the same version, so the shipped checkpoint can be trained again
-anywhere without a download. Documents are split by a hash of their name into train and held-out, so the split survives a
-change of Python version. Text streams through: a corpus may be larger than memory.
+Every machine that runs this has that text, in nearly the same version: the shipped checkpoint can
+be trained again anywhere, without a download. Documents are split by a hash of their name into
+train and held-out, so the split survives a change of Python version. Text streams through: a corpus
+may be larger than memory.
 """
 
 import hashlib
@@ -24,8 +25,19 @@ from torch import Tensor
 from tokenizer import Tokenizer
 
 HELD_OUT = 0.04  # share of documents that training never sees
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
-LEFT_OUT |= {"encodings", "pydoc_data"}  # tables and a dump of the manual, not source that anybody wrote
+LEFT_OUT = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "lib2to3",
+    "__pycache__",
+}
+LEFT_OUT |= {
+    "encodings",
+    "pydoc_data",
+}  # tables and a dump of the manual, not source that anybody wrote
 PACKAGES = ("torch", "numpy", "sympy", "networkx")  # torch brings the last two
 PIECE = 1 << 13  # characters of a .txt file that make one document; every 25th is held out
 IGNORED = -100  # target of a token that has no loss
@@ -57,7 +69,9 @@ def stdlib_files() -> list[Path]:
 def package_files() -> list[Path]:
     """The .py files, without tests, of those of PACKAGES that are installed."""
     found = [find_spec(name) for name in PACKAGES]
-    return [f for spec in found if spec and spec.origin for f in source_files(Path(spec.origin).parent)]
+    return [
+        f for spec in found if spec and spec.origin for f in source_files(Path(spec.origin).parent)
+    ]
 
 
 def source_files(root: Path) -> list[Path]:
@@ -70,29 +84,38 @@ def read_files(files: Iterable[Path]) -> Iterator[Document]:
     version = Path(sysconfig.get_paths()["stdlib"]).name  # python3.11
     for file in files:
         try:
-            yield Document("/".join(file.parts[-2:]).replace(version, "python"), file.read_text(encoding="utf-8"))
+            yield Document(
+                "/".join(file.parts[-2:]).replace(version, "python"),
+                file.read_text(encoding="utf-8"),
+            )
         except (UnicodeDecodeError, OSError):
             continue
 
 
 def read_lines(path: Path) -> Iterator[Document]:
-    """Each line of a JSONL file with "text", or "prompt" and "completion", as a document; ValueError, one line, where one has neither."""
+    """Each line of a JSONL file, {"text"} or {"prompt", "completion"}, as a document.
+
+    Raises ValueError, one line, where a line has neither.
+    """
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                text, prompt = (row["completion"], row["prompt"]) if "completion" in row else (row["text"], "")
+                text, prompt = (
+                    (row["completion"], row["prompt"]) if "completion" in row else (row["text"], "")
+                )
                 if not isinstance(text, str) or not isinstance(prompt, str):
                     raise TypeError
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f'{path}, line {number}: not a JSON object with strings "prompt" and "completion", or "text"') from None
+                wanted = '{"text": ...} or {"prompt": ..., "completion": ...}'
+                raise ValueError(f"{path}, line {number} is not {wanted}") from None
             yield Document(f"{path.name}:{number}", text, prompt)
 
 
 def read_corpus(sources: list[str]) -> Iterator[Document]:
-    """Documents of "stdlib", "packages" (installed ones: PACKAGES), .jsonl and .txt files, and directories of text files.
+    """Documents of stdlib, packages (those of PACKAGES here), .jsonl, .txt, and directories.
 
     Raises ValueError where a source is missing or cannot be read as text.
     """
@@ -103,7 +126,9 @@ def read_corpus(sources: list[str]) -> Iterator[Document]:
         elif path.is_dir():
             yield from read_files(sorted(f for f in path.rglob("*") if f.is_file()))
         elif not path.is_file():
-            raise ValueError(f"no data at {source}: give stdlib, packages, a directory, a .txt or a .jsonl file")
+            raise ValueError(
+                f"no data at {source}: give stdlib, packages, a directory, a .txt or a .jsonl file"
+            )
         else:
             try:
                 if path.suffix == ".jsonl":
@@ -117,8 +142,10 @@ def read_corpus(sources: list[str]) -> Iterator[Document]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
-    """Trains a sentencepiece BPE tokenizer that gives back every character but U+2581, its own sign for a space: byte
-    fallback, no normalisation, no dummy prefix, runs of spaces as pieces, newline a piece of its own. Writes `path`.
+    """Trains a sentencepiece BPE tokenizer and writes it to `path`.
+
+    It gives back every character but U+2581, its own sign for a space: byte fallback, no
+    normalisation, no dummy prefix, runs of spaces as pieces, newline a piece of its own.
     Raises ValueError where the text has not enough pieces for the size."""
     lines = (line for text in texts for line in text.split("\n") if line and "\0" not in line)
     model = io.BytesIO()
@@ -142,7 +169,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokeni
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"no tokenizer of {vocab_size} tokens can be trained on this text: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        text = f"no tokenizer of {vocab_size} tokens can be trained on this text: {reason}"
+        raise ValueError(text) from None
     aside = path.with_suffix(".new")
     aside.write_bytes(model.getvalue())
     os.replace(aside, path)
@@ -150,12 +179,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokeni
 
 
 class Tokens:
-    """Token ids of documents, one after another, in a memmap; where documents have prompts, also which ids have a loss."""
+    """Token ids of documents, one after another, in a memmap.
+
+    Where documents have prompts, a .mask file beside it says which ids have a loss. Raises
+    ValueError where the two differ in length.
+    """
 
     def __init__(self, path: Path, vocab_size: int):
         self.ids = np.memmap(path, dtype=self.dtype(vocab_size), mode="r")
         mask = path.with_suffix(".mask")
         self.learned = np.memmap(mask, dtype=np.bool_, mode="r") if mask.exists() else None
+        self.path, self.vocab_size = path, vocab_size
+        if self.learned is not None and len(self.learned) != len(self.ids):
+            raise ValueError(f"{mask} is damaged: choose another --out")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -166,28 +202,42 @@ class Tokens:
         return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
     def crops(self, batch: int, length: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (batch, length) at random places: a pure function of (seed, step). What has no loss is IGNORED."""
-        starts = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step])).integers(0, len(self) - length, batch)
-        rows = torch.from_numpy(np.stack([self.ids[s : s + length + 1] for s in starts]).astype(np.int64))
+        """Inputs and targets (batch, length) at random places: a pure function of (seed, step).
+
+        A target without a loss is IGNORED. Raises ValueError on an id outside the vocabulary.
+        """
+        random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
+        starts = random.integers(0, len(self) - length, batch)
+        ids = np.stack([self.ids[s : s + length + 1] for s in starts]).astype(np.int64)
+        if ids.max() >= self.vocab_size:
+            raise ValueError(f"{self.path} is damaged: choose another --out")
+        rows = torch.from_numpy(ids)
         inputs, targets = rows[:, :-1], rows[:, 1:]
         if self.learned is not None:
-            learned = torch.from_numpy(np.stack([self.learned[s + 1 : s + length + 1] for s in starts]))
-            targets = targets.masked_fill(~learned, IGNORED)
+            learned = np.stack([self.learned[s + 1 : s + length + 1] for s in starts])
+            targets = targets.masked_fill(torch.from_numpy(~learned), IGNORED)
         return inputs, targets
 
 
-def write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, folder: Path) -> tuple[Tokens, Tokens]:
-    """Encodes each document as BOS, tokens, EOS into folder/train.bin or folder/held_out.bin; returns both.
+def write_tokens(
+    documents: Iterable[Document], tokenizer: Tokenizer, folder: Path
+) -> tuple[Tokens, Tokens]:
+    """Encodes documents as BOS, tokens, EOS into folder/train.bin and held_out.bin; returns both.
 
-    A .mask file beside it says which ids have a loss, when some have none. Raises ValueError where a file stays empty.
+    Raises ValueError where a file stays empty.
     """
     dtype, names = Tokens.dtype(tokenizer.vocab_size), ("train", "held_out")
-    files = {name: (open(folder / f"{name}.bin", "wb"), open(folder / f"{name}.mask", "wb")) for name in names}
+    files = {
+        name: (open(folder / f"{name}.bin", "wb"), open(folder / f"{name}.mask", "wb"))
+        for name in names
+    }
     prompts = False
     for document in documents:
         ids, mask = files[names[document.held_out]]
-        whole = tokenizer.encode(document.prompt + document.text) + [tokenizer.eos] * (tokenizer.eos is not None)
-        prompt = tokenizer.encode(document.prompt) if document.prompt else []  # encoded with the text: a space may hang on it
+        # The prompt is encoded with the text: a space may belong to either.
+        whole = tokenizer.encode(document.prompt + document.text)
+        whole += [] if tokenizer.eos is None else [tokenizer.eos]
+        prompt = tokenizer.encode(document.prompt) if document.prompt else []
         shared = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), len(prompt))
         np.array(whole, dtype=dtype).tofile(ids)
         np.array([False] * shared + [True] * (len(whole) - shared)).tofile(mask)
@@ -198,12 +248,16 @@ def write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, folder: Pa
         if not prompts:
             (folder / f"{name}.mask").unlink()
         if not (folder / f"{name}.bin").stat().st_size:
-            raise ValueError(f"the data is too short: no document fell to the {name.replace('_', '-')} part")
-    return Tokens(folder / "train.bin", tokenizer.vocab_size), Tokens(folder / "held_out.bin", tokenizer.vocab_size)
+            raise ValueError(
+                f"the data is too short: no document fell to the {name.replace('_', '-')} part"
+            )
+    return Tokens(folder / "train.bin", tokenizer.vocab_size), Tokens(
+        folder / "held_out.bin", tokenizer.vocab_size
+    )
 
 
 def held_out_prompts(count: int, tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """`count` prompts of `length` tokens (BOS first, where there is one) from held-out files, each ending with the first line of a function.
+    """`count` prompts of `length` tokens from held-out files, each up to a function's first line.
 
     They take turns: one from every file before a second from any.
     """
@@ -214,4 +268,7 @@ def held_out_prompts(count: int, tokenizer: Tokenizer, length: int) -> list[list
         places += [(turn, text[:place]) for turn, place in enumerate(picked)]
     places.sort(key=lambda p: p[0])
     start = [] if tokenizer.bos is None else [tokenizer.bos]
-    return [start + tokenizer.encode(text[-8 * length :], bos=False)[len(start) - length :] for _, text in places[:count]]
+    return [
+        start + tokenizer.encode(text[-8 * length :], bos=False)[len(start) - length :]
+        for _, text in places[:count]
+    ]

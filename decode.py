@@ -39,6 +39,7 @@ from command import (
     Run,
     Show,
     command_errors,
+    comparison,
     default_settings,
     load,
     run,
@@ -49,7 +50,7 @@ from tokenizer import Stream, Tokenizer
 
 Pick = Callable[[Tensor, int], int]  # (logits (vocab,), position) -> token
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # The one verification rule
 
 
@@ -111,7 +112,7 @@ def next_token(logits: Tensor, position: int, sampling: Sampling) -> int:
     return int((scaled + gumbel(sampling.seed, position, len(scaled))).argmax())
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # The round
 
 
@@ -281,7 +282,7 @@ def check_request(
         raise ValueError(f"the prompt has {len(prompt_ids)} tokens, the context only {c.max_len}")
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Command line
 
 
@@ -406,17 +407,6 @@ def complete(
         print(json.dumps(as_json(result, tokenizer, about, plain)), flush=True)
     elif plain:
         print(f"full model: {plain.summary()}\n{comparison(result, plain)}", file=sys.stderr)
-
-
-def comparison(result: Run, full: Run) -> str:
-    """One sentence: the same tokens and logits or not, and the ratio of the speeds."""
-    speedup = f"{result.tokens_per_second / full.tokens_per_second:.2f} times its speed"
-    if result.ids != full.ids:
-        same = [*(a == b for a, b in zip(result.ids, full.ids)), False].index(False)
-        return f"NOT identical to the full model after {same} tokens, {speedup}"
-    a, b = (torch.cat([r.logits for r in x.rounds if r.logits is not None]) for x in (result, full))
-    bits = ", logits equal to the last bit" if torch.equal(a, b) else ""
-    return f"identical to the full model ({len(full.ids)} tokens{bits}), {speedup}"
 
 
 def as_json(result: Run, tokenizer: Tokenizer, settings: dict, full: Run | None) -> dict:

@@ -104,7 +104,7 @@ def _bad(text: str) -> CheckpointError:
     return CheckpointError("config: " + text)
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # The model
 
 
@@ -318,7 +318,7 @@ def prefill(model: Llama, cache: KVQCache, tokens: list[int]) -> None:
         cache.accept(len(rows))
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Checkpoints
 
 KEYS = {  # field of Config: key of Hugging Face's config.json

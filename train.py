@@ -37,7 +37,7 @@ from exact import auto_dtype
 from model import Config, Llama, load_checkpoint, save_checkpoint
 from runs import Run
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # The two schedules, and the recipes that are settings of them. l counts layers from 0 to L-1, t
 # counts steps from 0 to T-1.
 
@@ -143,7 +143,7 @@ def exit_weights(t: int, layers: int, steps: int, recipe: Recipe) -> dict[int, f
     return {exit: weight / total for exit, weight in weights.items() if weight}
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # The objective
 
 
@@ -302,7 +302,7 @@ def learning_rate(t: int, steps: int, warmup: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (t - warmup) / max(steps - warmup, 1)))
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # The loop
 
 ENDLESS = 10**9  # steps, as long as --minutes has not become a number of steps
@@ -418,8 +418,6 @@ class Trainer:
         args, t, layers = self.args, self.step, self.config.n_layers
         crops = self.tokens.crops(args.batch, args.seq, args.seed, t)
         tokens, targets = (x.to(self.device) for x in crops)
-        if int(tokens.max()) >= self.config.vocab_size:
-            raise ValueError(f"{self.run.out}/train.bin is damaged: choose another --out")
         counted = max(int((targets != IGNORED).sum()), 1)
         weights = exit_weights(t, layers, self.steps, self.recipe)
         drop = [layer_dropout(l, t, layers, self.steps, self.recipe) for l in range(layers)]
@@ -512,7 +510,7 @@ def log(text: str, end: str = "\n") -> None:
         print(text, end=end, file=sys.stderr, flush=True)
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Command line
 
 NUMBERS = {  # option: default, least value, what it is

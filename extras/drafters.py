@@ -162,8 +162,9 @@ class Jacobi(Drafter):
 def parse_drafter(text: str, model: Llama) -> dict:
     """generate's settings for lookup, jacobi, model:DIR, kangaroo:DIR or skip:attn:3,4,mlp:7.
 
-    They are drafter and exit_layer, which is 0 but for Kangaroo; that has its paper's draft_len and
-    min_confidence too. Raises ValueError, one line, for other texts and what does not fit the model.
+    They are drafter and exit_layer, 0 but for Kangaroo, and its paper's draft_len and
+    min_confidence. Raises ValueError, one line, for another text and for what does not fit the
+    model.
     """
     from extras.kangaroo import ETA, Kangaroo, load_adapter  # which imports Drafter
 

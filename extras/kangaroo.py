@@ -110,7 +110,7 @@ def save_adapter(adapter: Adapter, path: Path, about: dict) -> None:
 def load_adapter(path: str | Path, model: Llama) -> Adapter:
     """The adapter of a directory, in the model's type, on its device.
 
-    Raises CheckpointError, one line, where there is none or it does not fit the model.
+    Raises CheckpointError, one line, where there is none that fits the model.
     """
     file, last = Path(path) / "adapter.safetensors", model.config.n_layers - 1
     try:
@@ -159,11 +159,11 @@ def train(args: argparse.Namespace) -> None:
         loss = loss_on(0, step)
         loss.backward()
         if not nn.utils.clip_grad_norm_(adapter.parameters(), 1.0).isfinite():
-            raise ValueError(f"the loss is not finite at step {step}; try a lower --lr")
+            raise ValueError(f"the loss is not finite at step {step}: lower --lr")
         optimizer.step()
         optimizer.zero_grad()
-        if step % 20 == 0 or step == args.steps:
-            print(f"step {step} of {args.steps}, loss {loss.item():.3f}", file=sys.stderr)
+        if step % 20 == 0:
+            print(f"step {step} of {args.steps}, loss {loss:.3f}", file=sys.stderr)
     with torch.no_grad():
         found = sum(loss_on(1, step).item() for step in range(8)) / 8
     save_adapter(adapter, args.out, vars(args) | dict(held_out_loss=found))
@@ -171,8 +171,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    about = "Train an adapter that drafts from an early exit."
-    p = argparse.ArgumentParser(prog="python -m extras.kangaroo", description=about)
+    p = argparse.ArgumentParser(prog="python -m extras.kangaroo", description="Train an adapter.")
     p.add_argument("--ckpt", type=Path, default=DEFAULT_CKPT, metavar="DIR", help="the model")
     p.add_argument("--exit", type=int, default=2, metavar="E", help="layers below it; %(default)s")
     p.add_argument("--out", type=Path, default="runs/kangaroo", metavar="DIR", help="%(default)s")

@@ -66,12 +66,15 @@ def layers_needed(said: Tensor) -> Tensor:
 def choose_exit(model: Llama, prompt_ids: list[int], settings: dict) -> dict:
     """exit_layer and draft_len of most tokens per second, for --exit auto.
 
-    Each exit's guesses over the prompt are held against the last layer's, and the rounds that they
-    would make are counted in seconds. Read are the first token and the last LONGEST. A prompt of
-    fewer than SHORTEST does not tell: both stay as in `settings`.
+    Each exit's guesses after the prompt's first token and last LONGEST are held against the last
+    layer's, and the rounds that they would make are timed. A prompt of fewer than SHORTEST tokens
+    does not tell: both stay as in `settings`.
+    Raises ValueError for a model of one layer.
     """
+    if model.config.n_layers < 2:
+        raise ValueError("a model of one layer has no exit to choose")
     if len(prompt_ids) < SHORTEST:
-        return {name: settings[name] for name in ("exit_layer", "draft_len")}
+        return dict(exit_layer=settings["exit_layer"], draft_len=settings["draft_len"])
     said, probability = exits(model, prompt_ids[:1] + prompt_ids[1:][-LONGEST:])
     right, sure = (said == said[-1]).tolist(), (probability > settings["min_confidence"]).tolist()
     seconds, speed, (layers, count) = pass_seconds(model), {}, said.shape
@@ -116,7 +119,7 @@ def fit(text: str, width: int) -> str:
 
 
 class Lens:
-    """A table of what each exit would say after each token of a prompt and of what follows it."""
+    """What each exit would say after each token of a prompt and of what follows it."""
 
     def __init__(
         self, model: Llama, tokenizer: Tokenizer, prompt_ids: list[int], new_ids: list[int]
@@ -141,7 +144,7 @@ class Lens:
         return "\n".join(lines)
 
     def column(self, t: int) -> list[str]:
-        """The cells of one token, from top to bottom. The deeper a colour, the surer the exit."""
+        """The cells of one token, from the top down. The deeper a colour, the surer the exit."""
         cells = [paint(fit(self.tokens[t], CELL), BLUE if self.tokens[t][0] == "+" else DIM)]
         for row, agrees, sure in zip(self.said, self.agrees[:, t], self.sure[:, t]):
             colour = (GREENS if agrees else REDS)[min(3, int(4 * sure))]

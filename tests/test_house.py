@@ -18,7 +18,8 @@ MAY_IMPORT = {  # module of the core: what it may import of the others, outside 
     "exact": EXACT,
     "command": COMMAND,
     "decode": COMMAND | {"command"},
-    "train": COMMAND | {"command", "data"},
+    "runs": {"checkpoint", "data", "tokenizer"},
+    "train": COMMAND | {"command", "data", "runs"},
 }
 OUTSIDE = {"extras", "bench", "tests", "porting", "docs"}
 CORE = [ROOT / f"{name}.py" for name in MAY_IMPORT]
