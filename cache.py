@@ -50,6 +50,7 @@ class KVQCache:
         # The same memory as (max_len, n_kv_heads, head_dim) per layer: a row is one position.
         pairs = zip(self.keys, self.values)
         self._rows = [(k.transpose(0, 1), v.transpose(0, 1)) for k, v in pairs]
+        self._shared: dict[int, tuple] = {}  # see share
         self.length = 0
 
     @property
@@ -71,6 +72,17 @@ class KVQCache:
     def read(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values (n_kv_heads, end, head_dim) of one layer at positions [0, end): views."""
         return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def share(self, end: int, rows: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Keys and values (rows, n_kv_heads, end, head_dim) of each layer, the same for every row.
+
+        Views, kept for the latest `end` of each number of rows.
+        """
+        if rows not in self._shared or self._shared[rows][0] != end:
+            shape = (-1, rows, -1, -1, -1)
+            both = (x[:, None, :, :end].expand(shape).unbind() for x in (self.keys, self.values))
+            self._shared[rows] = (end, *both)
+        return self._shared[rows][1:]
 
     def put_query(self, row: int, query: Tensor) -> None:
         """Stores the exit query (dim,) of draft row `row`."""

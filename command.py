@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
 from checkpoint import CheckpointError, generation_config
 from exact import MAX_ROWS, auto_dtype
@@ -46,7 +47,7 @@ def command_errors(name: str) -> Iterator[None]:
         code = 130
     except BrokenPipeError:  # the reader of stdout has gone; nothing is left to say to it
         code = 1
-    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         text = visible(" ".join(str(error).split())) or "out of memory"

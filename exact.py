@@ -58,7 +58,9 @@ def pack(model: Llama) -> Llama:
         layer.input_layernorm = PackedNorm(layer.input_layernorm)
         layer.post_attention_layernorm = PackedNorm(layer.post_attention_layernorm)
     model.model.norm = PackedNorm(model.model.norm)
-    model.lm_head = RowLinear(probed, model.lm_head)  # type: ignore[assignment]
+    head = RowLinear(probed, model.lm_head)
+    del model.lm_head
+    model.lm_head = head  # type: ignore[assignment]
     model.row_attention = RowAttention
     return model
 
@@ -94,7 +96,7 @@ def batched_product(weight: Tensor) -> Product:
     return product
 
 
-class RowLinear(nn.Module):
+class RowLinear:
     """x (T, in) -> (T, out): one or several linear layers of the same input, as one exact product.
 
     A pass with fewer rows than `min_rows`, see safe_rows, is padded up to it.
@@ -103,7 +105,6 @@ class RowLinear(nn.Module):
     SMALL = 1 << 20  # bytes of a weight up to which calling oneDNN costs more than it saves
 
     def __init__(self, probed: dict, *layers: nn.Linear):
-        super().__init__()
         weight = torch.cat([layer.weight.detach() for layer in layers])
         ways: list[Callable[[Tensor], Product]] = [linear_product]
         if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -120,7 +121,7 @@ class RowLinear(nn.Module):
                 break
         self.product = way(weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
         if rows > MAX_ROWS or x.dim() > 2 or 0 < self.min_rows <= rows:
             return self.product(x)
@@ -204,10 +205,7 @@ class RowAttention:
             last = min(start + rows, view)
             mask = torch.stack([line[middle - p : middle - p + view] for p in range(first, last)])
             count = max(last - first, 2 if cache.keys.shape[1] == 1 else 1)
-            keys, values = (  # of each layer, the same for every row: (count, Hkv, view, hd)
-                x[:, None, :, :view].expand(-1, count, -1, -1, -1).unbind()
-                for x in (cache.keys, cache.values)
-            )
+            keys, values = cache.share(view, count)
             self.slices.append((first - start, last - start, keys, values, mask[:, None, None]))
             first = last
 

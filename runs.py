@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -30,6 +30,7 @@ class Run:
 
     def __init__(self, out: str | Path, init: str | Path | None):
         self.out, self.init = Path(out), None if init is None else Path(init)
+        self.locked: IO | None = None
 
     def lock(self) -> None:
         """Makes the directory this run's alone. Refuses one with a checkpoint that no run made."""
@@ -175,4 +176,6 @@ class Run:
         """Returns when every process has come here."""
 
     def close(self) -> None:
-        """Ends what joins the processes."""
+        """Lets go of the directory, and of the other processes."""
+        if self.locked:
+            self.locked.close()

@@ -68,16 +68,16 @@ def choose_exit(model: Llama, prompt_ids: list[int], settings: dict) -> dict:
 
     Each exit's guesses after the prompt's first token and last LONGEST are held against the last
     layer's, and the rounds that they would make are timed. A prompt of fewer than SHORTEST tokens
-    does not tell: both stay as in `settings`.
-    Raises ValueError for a model of one layer.
+    does not tell: both stay as in `settings`. Raises ValueError for a model of one layer.
     """
-    if model.config.n_layers < 2:
-        raise ValueError("a model of one layer has no exit to choose")
     if len(prompt_ids) < SHORTEST:
         return dict(exit_layer=settings["exit_layer"], draft_len=settings["draft_len"])
     said, probability = exits(model, prompt_ids[:1] + prompt_ids[1:][-LONGEST:])
     right, sure = (said == said[-1]).tolist(), (probability > settings["min_confidence"]).tolist()
-    seconds, speed, (layers, count) = pass_seconds(model), {}, said.shape
+    layers, count = said.shape
+    if layers < 2:
+        raise ValueError("a model of one layer has no exit to choose")
+    seconds, speed = pass_seconds(model), {}
     for e, d in product(range(1, layers), range(1, MAX_ROWS)):
         place, spent = 0, 0.0
         while place < count:

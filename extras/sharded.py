@@ -43,6 +43,7 @@ class ShardedRun(Run):
         self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else "cpu"
 
     def close(self) -> None:
+        super().close()
         dist.destroy_process_group()
 
     def shard(self, module: nn.Module, layers: Iterable[nn.Module]) -> None:

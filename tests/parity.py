@@ -3,8 +3,8 @@
     make parity          installs transformers and runs this
 
 For each config: float64 logits within 1e-9 and float32 within 1e-5, relative to the largest; 32
-greedy tokens equal in float64, drafted; what save_checkpoint writes gives transformers the same
-logits.
+greedy tokens equal in float64, drafted; and what save_checkpoint writes gives transformers the same
+logits. Exit code 1 where one of these does not hold.
 """
 
 import dataclasses
@@ -31,17 +31,17 @@ transformers.logging.disable_progress_bar()
 
 
 def wide_norm(self, x):
-    """transformers' RMSNorm, but in the type of its input.
+    """transformers' RMSNorm in the type of its input.
 
-    As shipped it works in float32 in a float64 model too: nothing could be closer than 1e-7.
+    As shipped it works in float32 even in a float64 model: then no comparison is closer than 1e-7.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-    return self.weight * (wide * scale).to(x.dtype)
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return self.weight * normed.to(x.dtype)
 
 
 transformers.models.llama.modeling_llama.LlamaRMSNorm.forward = wide_norm
-KINDS = [
+KINDS = (
     "Llama 1/2, multi-head",
     "Llama 2 70B, grouped",
     "Code Llama",
@@ -50,11 +50,11 @@ KINDS = [
     "Llama 3.2, tied",
     "head_dim",
     "linear rope",
-]
+)
 
 
-def random_config(number: int) -> dict:
-    """Arguments of LlamaConfig for case `number`; every kind in KINDS comes round."""
+def random_config(number: int) -> tuple[dict, float, dict]:
+    """Arguments of LlamaConfig, theta and scale of rope for a case; every kind comes round."""
     random, kind = np.random.default_rng(number), KINDS[number % len(KINDS)]
     pick = lambda *choices: random.choice(choices).item()
     kv_heads = pick(1, 2, 3)
@@ -73,14 +73,14 @@ def random_config(number: int) -> dict:
         initializer_range=0.2,
     )
     theta = {"Code Llama": 1e6}.get(kind, 5e5 if "Llama 3" in kind else 1e4)
-    scaling = {"rope_type": "default"}
-    if "scaled" in kind or "tied" in kind:  # a short original context: positions lie beyond it
+    scaling: dict = {"rope_type": "default"}
+    if "scaled" in kind or "tied" in kind:
         scaling = dict(
             rope_type="llama3",
             factor=pick(8.0, 32.0),
             low_freq_factor=1.0,
             high_freq_factor=4.0,
-            original_max_position_embeddings=pick(16, 64),
+            original_max_position_embeddings=pick(16, 64),  # short: positions lie beyond it
         )
     if kind == "linear rope":
         scaling = dict(rope_type="linear", factor=pick(2.0, 4.0))
@@ -90,7 +90,7 @@ def random_config(number: int) -> dict:
 
 
 def write(reference, theta: float, scaling: dict, old: bool, sharded: bool, path: Path) -> None:
-    """Saves with transformers; old: config.json in the dialect of transformers 4."""
+    """Saves with transformers; `old` rewrites config.json in the dialect of transformers 4."""
     reference.save_pretrained(path, max_shard_size="20KB" if sharded else "5GB")
     if old:
         written = json.loads((path / "config.json").read_text())
@@ -107,12 +107,14 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @torch.no_grad()
 def check(number: int, path: Path) -> tuple[float, float]:
-    """Relative error of the logits in float64 and float32; AssertionError where a law fails."""
+    """Relative errors of the logits in float64 and float32.
+
+    Raises AssertionError where a law does not hold.
+    """
     config, theta, scaling = random_config(number)
     torch.manual_seed(number)
     rope = {"rope_theta": theta, **scaling}
-    how = dict(rope_parameters=rope, attn_implementation="sdpa")
-    settings = transformers.LlamaConfig(**config, **how)
+    settings = transformers.LlamaConfig(**config, rope_parameters=rope, attn_implementation="sdpa")
     reference = transformers.LlamaForCausalLM(settings).double().eval()
     write(reference, theta, scaling, number % 2 == 0, number % 3 == 0, path / "hf")
     generator = torch.Generator().manual_seed(number)
@@ -123,23 +125,29 @@ def check(number: int, path: Path) -> tuple[float, float]:
     assert model.dtype == torch.float64
     error64 = relative(model(tokens), expected)
     assert error64 < 1e-9, f"case {number}: float64 logits differ by {error64:.1e}"
-    narrow = load_checkpoint(path / "hf", torch.float32)(tokens)
-    error32 = relative(narrow, reference.float()(tokens).logits)
+    narrow = load_checkpoint(path / "hf", torch.float32)
+    error32 = relative(narrow(tokens), reference.float()(tokens).logits)
     assert error32 < 1e-5, f"case {number}: float32 logits differ by {error32:.1e}"
 
-    prompt = tokens[0, :20].tolist()
-    reference = transformers.LlamaForCausalLM.from_pretrained(path / "hf", dtype=torch.float64)
-    how = dict(max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)
-    greedy = reference.generate(tokens[:1, :20], attention_mask=torch.ones(1, 20), **how)
-    packed = pack(load_checkpoint(path / "hf"))
-    rounds = generate(packed, prompt, exit_layer=1, draft_len=4, max_new_tokens=32, eos=())
-    ours = [t for r in rounds for t in r.emitted]
-    assert ours == greedy[0, 20:].tolist(), f"case {number}: greedy tokens differ"
+    prompt = tokens[:1, :20]
+    read = transformers.LlamaForCausalLM.from_pretrained
+    greedy = read(path / "hf", dtype=torch.float64).generate(
+        prompt,
+        attention_mask=torch.ones(1, 20),
+        max_new_tokens=32,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    how = dict(exit_layer=1, draft_len=4, max_new_tokens=32, eos=())
+    rounds = generate(pack(load_checkpoint(path / "hf")), prompt[0].tolist(), **how)
+    ids = [token for r in rounds for token in r.emitted]
+    assert ids == greedy[0, 20:].tolist(), f"case {number}: greedy tokens differ"
 
     save_checkpoint(model, path / "back")
     again = load_checkpoint(path / "back")
     assert dataclasses.replace(again.config, eos=model.config.eos) == model.config
-    back = transformers.LlamaForCausalLM.from_pretrained(path / "back", dtype=torch.float64)
+    back = read(path / "back", dtype=torch.float64)
     same = torch.equal(back(tokens).logits, expected)
     assert same, f"case {number}: transformers reads other logits from what was saved here"
     return error64, error32
@@ -154,14 +162,14 @@ def check_one(number: int) -> tuple[float, float]:
 def main() -> None:
     cases = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     errors = []
-    how = dict(initializer=torch.set_num_threads, initargs=(1,))
-    with ProcessPoolExecutor(mp_context=get_context("spawn"), **how) as pool:
+    how = dict(mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+    with ProcessPoolExecutor(**how) as pool:
         for found in pool.map(check_one, range(cases)):
             errors.append(found)
             print(f"\r{len(errors)}/{cases} configs", end="", file=sys.stderr, flush=True)
     worst64, worst32 = map(max, zip(*errors))
-    errors = f"{worst64:.1e} (float64) and {worst32:.1e} (float32)"
-    print(f"\ntransformers {transformers.__version__}: logits within {errors}")
+    worst = f"{worst64:.1e} (float64) and {worst32:.1e} (float32)"
+    print(f"\ntransformers {transformers.__version__}: logits within {worst}")
     print(f"{cases} passed, 0 failed")
 
 

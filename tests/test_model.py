@@ -111,9 +111,7 @@ def test_a_long_prompt_prefills_in_pieces_to_the_same_logits():
 def test_prefill_leaves_in_the_cache_what_one_token_at_a_time_leaves():
     model = tiny_model(tiny_config(), dtype=torch.float64)
     tokens = [i * 7 % 61 for i in range(70)]
-    at_once, singly = (
-        new_cache(model.config, 70, 0, model.dtype, model.device) for _ in range(2)
-    )
+    at_once, singly = (new_cache(model.config, 70, 0, model.dtype, model.device) for _ in range(2))
     prefill(model, at_once, tokens)
     for token in tokens:
         prefill(model, singly, [token])
@@ -146,11 +144,12 @@ def test_attention_of_rows_is_attention_of_the_sequence_up_to_rounding(
 
 def test_a_model_that_has_decoded_still_trains_and_follows_a_change_of_type():
     model = tiny_model(tiny_config())
+    tokens = torch.tensor([[1, 2, 3]])
     list(generate(model, [1, 2], max_new_tokens=3))
-    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    model(tokens).sum().backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad.any()
-    logits = model.double()(torch.tensor([[1, 2, 3]]))
-    torch.testing.assert_close(logits, tiny_model(tiny_config()).double()(torch.tensor([[1, 2, 3]])))
+    expected = tiny_model(tiny_config()).double()(tokens)
+    torch.testing.assert_close(model.double()(tokens), expected)
 
 
 # --------------------------------------------------------------------------------------------------

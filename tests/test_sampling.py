@@ -7,19 +7,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode import Sampling, gumbel, keep_likely, next_token
+from decode import Sampling, accept, gumbel, keep_likely, next_token
 
 LOGITS = torch.tensor([2.0, 1.5, 1.4, 0.5, 0.0, -0.3, -1.0, -2.0, 0.9, 0.7])
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.6), Sampling(1.7, top_k=4), Sampling(1.0, top_p=0.8), Sampling(1.3, 6, 0.9, 11)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1.0),
+        Sampling(0.6),
+        Sampling(1.7, top_k=4),
+        Sampling(1.0, top_p=0.8),
+        Sampling(1.3, 6, 0.9, 11),
+    ],
+)
 def test_tokens_follow_the_filtered_softmax(sampling):
-    draws = 50_000
+    """By a chi-square test against a filter by hand: top_k first, then top_p of what is left."""
+    draws = 20_000
     counts = torch.zeros(len(LOGITS))
     for position in range(draws):
         counts[next_token(LOGITS, position, sampling)] += 1
     scaled = (LOGITS / sampling.temperature).double()
-    order = scaled.argsort(descending=True).tolist()  # filter by hand: top_k first, then top_p of what is left
+    order = scaled.argsort(descending=True).tolist()
     kept = order[: sampling.top_k] if sampling.top_k else order
     probability = [math.exp(scaled[i]) for i in kept]
     probability = [p / sum(probability) for p in probability]
@@ -39,20 +49,35 @@ def test_tokens_follow_the_filtered_softmax(sampling):
     assert chi_square < degrees + 4 * math.sqrt(2 * degrees)  # about one in twenty thousand
 
 
-def test_temperature_zero_is_the_likeliest_token():
-    assert next_token(LOGITS, 3, Sampling(0.0, seed=9)) == 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_temperature_zero_is_the_first_of_the_likeliest_tokens(dtype):
+    assert next_token(LOGITS.to(dtype), 3, Sampling(0.0, seed=9)) == 0
+    tied = torch.tensor([0.0, 2.0, 1.0, 2.0] * 9, dtype=dtype)
+    assert next_token(tied, 3, Sampling(0.0, top_k=2, top_p=0.1)) == 1
+
+
+def test_a_token_depends_on_its_logits_seed_and_position_alone():
+    """Not on other rows, nor on what was drawn before."""
+    sampling, rows = Sampling(1.0, 5, 0.9, seed=3), torch.randn(16, 100)
+    tokens = [next_token(row, 7 + i, sampling) for i, row in enumerate(rows)]
+    assert tokens[::-1] == [next_token(rows[i].clone(), 7 + i, sampling) for i in range(15, -1, -1)]
+    assert tokens != [next_token(row, 8 + i, sampling) for i, row in enumerate(rows)]
 
 
 def test_noise_is_a_function_of_seed_and_position_alone():
     assert torch.equal(gumbel(3, 5, 100), gumbel.__wrapped__(3, 5, 100))
     assert torch.equal(gumbel(3, 5, 100)[:50], gumbel(3, 5, 50))
-    streams = torch.stack([gumbel(seed, position, 64) for seed in range(4) for position in range(30)])
+    places = [(seed, position) for seed in range(4) for position in range(30)]
+    streams = torch.stack([gumbel(*place, 64) for place in places])
     assert len(streams.flatten().unique()) == streams.numel(), "no two places share a draw"
     correlation = torch.corrcoef(streams) - torch.eye(len(streams))
     assert correlation.abs().max() < 0.6
 
 
-@given(st.lists(st.floats(-20, 20), min_size=1, max_size=30), st.integers(0, 40), st.floats(0.01, 1.0))
+logit_lists = st.lists(st.floats(-20, 20), min_size=1, max_size=30)
+
+
+@given(logit_lists, st.integers(0, 40), st.floats(0.01, 1.0))
 def test_filters_keep_the_likeliest_and_at_least_one(logits, top_k, top_p):
     logits = torch.tensor(logits, dtype=torch.float64)
     kept = keep_likely(logits, top_k, top_p)
@@ -60,14 +85,38 @@ def test_filters_keep_the_likeliest_and_at_least_one(logits, top_k, top_p):
     assert alive.any() and torch.equal(kept[alive], logits[alive])
     assert logits[alive].min() >= (logits[~alive].max() if (~alive).any() else -math.inf)
     if top_k:
-        assert alive.sum() <= max(top_k, (logits >= logits.topk(min(top_k, len(logits))).values[-1]).sum())
-    if not top_k and top_p < 1:
+        last = logits.topk(min(top_k, len(logits))).values[-1]
+        assert alive.sum() <= max(top_k, (logits >= last).sum())
+    elif top_p < 1:
         probability = logits.softmax(-1)
         assert probability[alive].sum() >= top_p - 1e-9
         assert probability[alive].sum() - probability[alive].min() < top_p + 1e-9
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(temperature=math.inf), dict(temperature=math.nan), dict(top_k=-1), dict(top_p=0), dict(top_p=1.1), dict(seed=-1)])
-def test_impossible_sampling_is_refused(bad):
-    with pytest.raises(ValueError):
-        Sampling(**bad)
+@given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), min_size=9, max_size=9))
+def test_emitted_are_the_verifiers_tokens_up_to_the_first_that_was_not_foreseen(guesses, said):
+    """Or up to an EOS: here 3."""
+    logits = torch.nn.functional.one_hot(torch.tensor(said), 4).float()[: len(guesses) + 1]
+    emitted = accept(guesses, logits, 0, lambda row, position: int(row.argmax()), (3,))
+    assert emitted == said[: len(emitted)]
+    right = [guess == token != 3 for guess, token in zip(guesses, said)]
+    assert len(emitted) == (right.index(False) if False in right else len(guesses)) + 1
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("temperature", -1),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
+        ("top_k", -1),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("seed", -1),
+        ("seed", 1 << 64),
+    ],
+)
+def test_impossible_sampling_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name):
+        Sampling(**{name: value})

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -11,21 +12,26 @@ import torch.nn.functional as F
 from helpers import tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import data
+import runs
 import train
+from exact import pack
 from model import load_checkpoint
 from tokenizer import Tokenizer
 from train import LAYERSKIP, RECIPES, Recipe
 
-SHAPE = "--layers 3 --dim 32 --hidden-dim 48 --heads 2 --kv-heads 1 --head-dim 16 --vocab 400".split()
+SHAPE = (
+    "--layers 3 --dim 32 --hidden-dim 48 --heads 2 --kv-heads 1 --head-dim 16 --vocab 400".split()
+)
 
 
 def dropouts(recipe: Recipe, t: int, layers: int = 5, steps: int = 101) -> list[float]:
     return [train.layer_dropout(l, t, layers, steps, recipe) for l in range(layers)]
 
 
-# ---------------------------------------------------------------------------------------------------------- schedules
+# -------------------------------------- schedules
 
 
 def test_layerskip_dropout_grows_exponentially_over_layers_and_from_scratch_over_time():
@@ -34,7 +40,9 @@ def test_layerskip_dropout_grows_exponentially_over_layers_and_from_scratch_over
     assert dropouts(LAYERSKIP["continual"], 17) == pytest.approx([0.1 * d for d in depth], abs=1e-7)
     # S(t) = 2^(t/100) - 1: 0 at the start, 0.4142136 halfway, 1 at the end
     for t, s in ((0, 0), (50, 0.4142136), (100, 1)):
-        assert dropouts(LAYERSKIP["scratch"], t) == pytest.approx([0.1 * s * d for d in depth], abs=1e-7)
+        assert dropouts(LAYERSKIP["scratch"], t) == pytest.approx(
+            [0.1 * s * d for d in depth], abs=1e-7
+        )
 
 
 def test_layerdrop_is_one_constant():
@@ -43,7 +51,8 @@ def test_layerdrop_is_one_constant():
 
 
 def test_progressive_layer_dropping_keeps_by_depth_and_time():
-    # theta(t) = 0.5 exp(-100 t / T) + 0.5; T = 101, t = 1: exp(-0.990099) = 0.371540, theta = 0.685770
+    # theta(t) = 0.5 exp(-100 t / T) + 0.5; T = 101, t = 1: exp(-0.990099) = 0.371540,
+    # so theta = 0.685770
     keep = [1 - (l / 5) * (1 - 0.685770) for l in range(5)]
     assert [1 - p for p in dropouts(RECIPES["pld"], 1)] == pytest.approx(keep, abs=1e-6)
     assert dropouts(RECIPES["pld"], 0) == [0] * 5
@@ -56,19 +65,30 @@ def test_plain_and_lite_drop_nothing():
 
 
 def test_the_published_settings_of_layerskip():
-    found = {phase: (r.p_max, r.e_scale, r.rotation or 23, r.dropout_time) for phase, r in LAYERSKIP.items()}
-    assert found == {"scratch": (0.1, 0.2, 23, "exp"), "continual": (0.1, 0.2, 8, "constant"), "finetune": (0.1, 1.0, 16, "constant")}
+    found = {
+        phase: (r.p_max, r.e_scale, r.rotation or 23, r.dropout_time)
+        for phase, r in LAYERSKIP.items()
+    }
+    assert found == {
+        "scratch": (0.1, 0.2, 23, "exp"),
+        "continual": (0.1, 0.2, 8, "constant"),
+        "finetune": (0.1, 1.0, 16, "constant"),
+    }
     assert len(train.exit_layers(LAYERSKIP["scratch"], 24)) == 23
 
 
 def test_exit_weights_are_layerskips():
     # L = 4, e_scale = 0.5: e = 0, 0.5, 1.5, then 3 + 0.5 (0 + 1 + 2) = 4.5
     recipe = Recipe(exits="1,2,3", rotation=1, e_scale=0.5)
-    assert train.exit_weights(0, 4, 10, recipe) == pytest.approx({2: 0.5 / 6.5, 3: 1.5 / 6.5, 4: 4.5 / 6.5})
+    assert train.exit_weights(0, 4, 10, recipe) == pytest.approx(
+        {2: 0.5 / 6.5, 3: 1.5 / 6.5, 4: 4.5 / 6.5}
+    )
 
 
 def test_lite_weighs_every_eighth_layer_from_a_quarter_on_alike():
-    assert train.exit_weights(5, 32, 10, RECIPES["lite"]) == pytest.approx(dict.fromkeys((8, 12, 16, 20, 24, 28, 32), 1 / 7))
+    assert train.exit_weights(5, 32, 10, RECIPES["lite"]) == pytest.approx(
+        dict.fromkeys((8, 12, 16, 20, 24, 28, 32), 1 / 7)
+    )
 
 
 def test_uniform_exit_weights():
@@ -77,29 +97,59 @@ def test_uniform_exit_weights():
 
 
 def test_rotation_trains_every_exit_once_per_period_and_the_last_always():
-    steps = [set(train.exit_weights(t, 9, 100, Recipe(exits="2,3,4,5,6,7,8", rotation=3))) for t in range(6)]
+    steps = [
+        set(train.exit_weights(t, 9, 100, Recipe(exits="2,3,4,5,6,7,8", rotation=3)))
+        for t in range(6)
+    ]
     assert steps[:3] == steps[3:] == [{2, 5, 8, 9}, {3, 6, 9}, {4, 7, 9}]
     once = [set(train.exit_weights(t, 5, 100, Recipe(exits="2,3,4", rotation=0))) for t in range(4)]
     assert once == [{2, 5}, {3, 5}, {4, 5}, {2, 5}]
 
 
 def test_the_gradual_curriculum_adds_a_layer_from_the_last_down_every_t_over_2l_steps():
-    active = [sorted(train.exit_weights(t, 4, 80, Recipe(exits="all", curriculum="gradual", uniform_exits=True))) for t in (0, 9, 10, 20, 30, 79)]
+    active = [
+        sorted(
+            train.exit_weights(
+                t, 4, 80, Recipe(exits="all", curriculum="gradual", uniform_exits=True)
+            )
+        )
+        for t in (0, 9, 10, 20, 30, 79)
+    ]
     assert active == [[4], [4], [3, 4], [2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
 
 
 def test_recipes_without_exits_train_the_last_layer_alone():
-    assert all(train.exit_weights(3, 6, 10, RECIPES[name]) == {6: 1.0} for name in ("plain", "layerdrop", "pld"))
+    assert all(
+        train.exit_weights(3, 6, 10, RECIPES[name]) == {6: 1.0}
+        for name in ("plain", "layerdrop", "pld")
+    )
 
 
-@given(st.integers(2, 40), st.integers(0, 99), st.integers(0, 10), st.floats(0, 2), st.booleans(), st.sampled_from(["rotational", "gradual"]))
+@given(
+    st.integers(2, 40),
+    st.integers(0, 99),
+    st.integers(0, 10),
+    st.floats(0, 2),
+    st.booleans(),
+    st.sampled_from(["rotational", "gradual"]),
+)
 def test_exit_weights_sum_to_one(n_layers, t, rotation, e_scale, uniform, curriculum):
-    recipe = Recipe(exits="all", rotation=rotation, e_scale=e_scale, uniform_exits=uniform, curriculum=curriculum)
+    recipe = Recipe(
+        exits="all",
+        rotation=rotation,
+        e_scale=e_scale,
+        uniform_exits=uniform,
+        curriculum=curriculum,
+    )
     weights = train.exit_weights(t, n_layers, 100, recipe)
-    assert sum(weights.values()) == pytest.approx(1) and n_layers in weights and min(weights.values()) > 0
+    assert (
+        sum(weights.values()) == pytest.approx(1)
+        and n_layers in weights
+        and min(weights.values()) > 0
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ dropout
+# -------------------------------------- dropout
 
 
 def test_a_skipped_sample_passes_unchanged_and_the_others_as_without_dropout():
@@ -108,10 +158,16 @@ def test_a_skipped_sample_passes_unchanged_and_the_others_as_without_dropout():
     cos, sin = model.rotary(0, 6)
     everyone = layer(h, cos, sin)
     out = train.run_with_dropout(layer, h, cos, sin, torch.tensor([True, False, True, False]))
-    assert torch.equal(out[[1, 3]], h[[1, 3]]) and torch.allclose(out[[0, 2]], everyone[[0, 2]], atol=1e-6)
-    assert torch.equal(train.run_with_dropout(layer, h, cos, sin, torch.zeros(4, dtype=torch.bool)), h)
+    assert torch.equal(out[[1, 3]], h[[1, 3]]) and torch.allclose(
+        out[[0, 2]], everyone[[0, 2]], atol=1e-6
+    )
+    assert torch.equal(
+        train.run_with_dropout(layer, h, cos, sin, torch.zeros(4, dtype=torch.bool)), h
+    )
     halves = train.run_with_dropout(layer, h, cos, sin, torch.ones(4, dtype=torch.bool), keep=0.5)
-    assert torch.allclose(halves, h + 2 * (everyone - h), atol=1e-5), "PLD divides the branch by its keep probability"
+    assert torch.allclose(halves, h + 2 * (everyone - h), atol=1e-5), (
+        "PLD divides the branch by its keep probability"
+    )
 
 
 def test_skipped_samples_do_not_pay_for_the_layer():
@@ -124,7 +180,9 @@ def test_skipped_samples_do_not_pay_for_the_layer():
     for kept in ([True] * 4, [True, False, False, True], [False] * 4):
         train.run_with_dropout(layer, torch.zeros(4, 2, 3), None, None, torch.tensor(kept))
     assert seen == [4, 2]
-    train.run_with_dropout(layer, torch.zeros(4, 2, 3), None, None, torch.zeros(4, dtype=torch.bool), always=True)
+    train.run_with_dropout(
+        layer, torch.zeros(4, 2, 3), None, None, torch.zeros(4, dtype=torch.bool), always=True
+    )
     assert seen == [4, 2, 0], "one of several processes takes part with no samples"
 
 
@@ -139,23 +197,31 @@ def test_the_share_of_kept_samples_is_the_schedules():
     assert (kept != together).any() and (train.draw_kept(1, 0, drop, 8, "sample") != kept[0]).any()
 
 
-# --------------------------------------------------------------------------------------------------------------- loss
+# -------------------------------------- loss
 
 
 def objective_of(model, x, y, weights, distill=False, **engine):
     """J per target, the loss of each exit, and the gradients, of one batch without dropout."""
     layers = model.config.n_layers
     whole = np.ones((layers, len(x)), bool)
-    total, sums = train.Objective(model, **engine)(x, y, whole, whole.any(1), [1.0] * layers, weights, distill)
+    total, sums = train.Objective(model, **engine)(
+        x, y, whole, whole.any(1), [1.0] * layers, weights, distill
+    )
     model.zero_grad()
     total.backward()
-    return total.item(), dict(zip(sorted(weights), sums.tolist())), {name: p.grad.clone() for name, p in model.named_parameters()}
+    return (
+        total.item(),
+        dict(zip(sorted(weights), sums.tolist())),
+        {name: p.grad.clone() for name, p in model.named_parameters()},
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("distill", [False, True])
-def test_the_loss_is_the_weighted_sum_and_its_gradient_that_of_the_formula(tied, distill, monkeypatch):
-    monkeypatch.setattr(train.EarlyExitLoss, "LOGITS", 61 * 5)  # five rows at a time
+def test_the_loss_is_the_weighted_sum_and_its_gradient_that_of_the_formula(
+    tied, distill, monkeypatch
+):
+    monkeypatch.setattr(train, "LOGITS", 61 * 5)  # five rows at a time
     model = tiny_model(tiny_config(tied=tied))
     x, y = torch.randint(61, (3, 7)), torch.randint(61, (3, 7))
     y[0, :4] = data.IGNORED
@@ -167,7 +233,11 @@ def test_the_loss_is_the_weighted_sum_and_its_gradient_that_of_the_formula(tied,
         h = model.run_layers(h, l, l + 1)
         logits[l + 1] = model.unembed(h).flatten(0, 1)
     for exit, weight in weights.items():
-        target = logits[4].detach().softmax(-1) if distill and exit < 4 else F.one_hot(y.flatten().clamp(min=0), 61)
+        target = (
+            logits[4].detach().softmax(-1)
+            if distill and exit < 4
+            else F.one_hot(y.flatten().clamp(min=0), 61)
+        )
         loss = -(target * logits[exit].log_softmax(-1)).sum(-1)[y.flatten() != data.IGNORED].sum()
         assert losses[exit] == pytest.approx(loss.item(), rel=1e-4)
         expected = expected + weight * loss
@@ -178,43 +248,50 @@ def test_the_loss_is_the_weighted_sum_and_its_gradient_that_of_the_formula(tied,
 
 
 def test_there_is_one_set_of_logits_whatever_the_number_of_exits(monkeypatch):
-    monkeypatch.setattr(train.EarlyExitLoss, "LOGITS", 61 * 10)
+    """Each exit's rows are unembedded ten at a time, and again for the backward pass."""
+    monkeypatch.setattr(train, "LOGITS", 61 * 10)
     model, sizes = tiny_model(tiny_config()), []
-    objective = train.Objective(model)
+    unembed = model.unembed
+    monkeypatch.setattr(model, "unembed", lambda h: sizes.append(len(h)) or unembed(h))
+    x = torch.randint(61, (4, 8))
+    objective_of(model, x, x, {1: 0.2, 2: 0.2, 3: 0.2, 4: 0.4})
+    assert len(sizes) == 2 * 4 * 4 and max(sizes) == 10 and sum(sizes) == 2 * 4 * 32
 
-    def watched(h, *rest):
-        sizes.append(len(h))
-        return train.cross_entropy(h, *rest)
 
-    objective.cross_entropy = watched
+def test_logits_are_not_kept_for_the_backward_pass():
+    model, kept = tiny_model(tiny_config()), []
     x = torch.randint(61, (4, 8))
     whole = np.ones((4, 4), bool)
-    objective(x, x, whole, whole.any(1), [1.0] * 4, {1: 0.2, 2: 0.2, 3: 0.2, 4: 0.4}, False)[0].backward()
-    assert len(sizes) == 4 * 4 and max(sizes) == 10 and sum(sizes) == 4 * 32
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        weights = {1: 0.2, 2: 0.2, 3: 0.2, 4: 0.4}
+        train.Objective(model)(x, x, whole, whole.any(1), [1.0] * 4, weights)
+    assert kept and all(shape[-1:] != (61,) or shape == (24, 61) for shape in kept)
+
+
+def test_a_packed_model_does_not_train():
+    with pytest.raises(ValueError, match="packed"):
+        train.Objective(pack(tiny_model(tiny_config())))
 
 
 def test_activation_checkpointing_changes_no_gradient():
     model = tiny_model(tiny_config())
     x = torch.randint(61, (3, 7))
-    plain, again = (objective_of(model, x, x, {2: 0.5, 4: 0.5}, recompute=on) for on in (False, True))
-    assert plain[0] == again[0] and all(torch.equal(plain[2][name], again[2][name]) for name in plain[2])
+    plain, again = (
+        objective_of(model, x, x, {2: 0.5, 4: 0.5}, recompute=on) for on in (False, True)
+    )
+    assert plain[0] == again[0] and all(
+        torch.equal(plain[2][name], again[2][name]) for name in plain[2]
+    )
 
 
-@pytest.mark.parametrize("n_heads, n_kv_heads", [(4, 4), (4, 2), (3, 1)])
-def test_training_attention_is_the_models(n_heads, n_kv_heads):
-    q, k, v = torch.randn(2, 10, n_heads, 8), torch.randn(2, 10, n_kv_heads, 8), torch.randn(2, 10, n_kv_heads, 8)
-    for smallest in (1, 3, 64):  # blocks of 2, of 3 and one, and a single block
-        assert torch.allclose(train.train_attention(q, k, v, smallest), train.batch_attention(q, k, v), atol=1e-5)
-
-
-# --------------------------------------------------------------------------------------------------------------- data
+# -------------------------------------- data
 
 
 def tokens_of(path, ids, mask=None) -> data.Tokens:
     np.array(ids, dtype=np.uint16).tofile(path / "some.bin")
     if mask is not None:
         np.array(mask, dtype=np.bool_).tofile(path / "some.mask")
-    return data.Tokens(path / "some.bin", 400)
+    return data.Tokens(path / "some.bin", 1 << 16)
 
 
 def test_crops_are_a_function_of_seed_and_step(tmp_path):
@@ -222,19 +299,29 @@ def test_crops_are_a_function_of_seed_and_step(tmp_path):
     x, y = tokens.crops(4, 16, seed=1, step=7)
     assert torch.equal(x[:, 1:], y[:, :-1]) and x.shape == y.shape == (4, 16)
     assert torch.equal(x, tokens.crops(4, 16, 1, 7)[0])
-    starts = torch.cat([tokens.crops(16, 16, seed, step)[0][:, 0] for seed in range(2) for step in range(20)])
+    starts = torch.cat(
+        [tokens.crops(16, 16, seed, step)[0][:, 0] for seed in range(2) for step in range(20)]
+    )
     assert len(starts.unique()) > 600, "steps and seeds draw other places"
 
 
 def test_nothing_is_learned_of_a_prompt(tokenizer, tmp_path):
     rows = [{"prompt": f"add {n} and {n}: ", "completion": f"it is {2 * n}"} for n in range(200)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    trained, held_out = data.write_tokens(data.read_corpus([str(tmp_path / "pairs.jsonl")]), tokenizer, tmp_path)
+    trained, held_out = data.write_tokens(
+        data.read_corpus([str(tmp_path / "pairs.jsonl")]), tokenizer, tmp_path
+    )
     assert len(trained) + len(held_out) == len(trained.learned) + len(held_out.learned)
     learned = tokenizer.decode([int(i) for i in trained.ids[trained.learned]])
-    assert "it is 20" in learned and "add" not in learned and "add" in tokenizer.decode([int(i) for i in trained.ids])
+    assert (
+        "it is 20" in learned
+        and "add" not in learned
+        and "add" in tokenizer.decode([int(i) for i in trained.ids])
+    )
     x, y = trained.crops(8, 30, 0, 0)
-    assert (y == data.IGNORED).any() and torch.equal(y[:, :-1][y[:, :-1] != data.IGNORED], x[:, 1:][y[:, :-1] != data.IGNORED])
+    assert (y == data.IGNORED).any() and torch.equal(
+        y[:, :-1][y[:, :-1] != data.IGNORED], x[:, 1:][y[:, :-1] != data.IGNORED]
+    )
 
 
 def test_text_and_directories_stream_in_as_documents(tmp_path):
@@ -244,10 +331,23 @@ def test_text_and_directories_stream_in_as_documents(tmp_path):
     (tmp_path / "long.txt").write_text("a line of text\n" * 20_000)
     documents = list(data.read_corpus([str(tmp_path / "a"), str(tmp_path / "long.txt")]))
     assert documents[0] == data.Document("a/x.md", "directory text")
-    assert len(documents) > 4 and any(d.held_out for d in documents[1:]) and "".join(d.text for d in documents[1:]) == "a line of text\n" * 20_000
+    assert (
+        len(documents) > 4
+        and any(d.held_out for d in documents[1:])
+        and "".join(d.text for d in documents[1:]) == "a line of text\n" * 20_000
+    )
 
 
-@pytest.mark.parametrize("bad, text", [("none.txt", None), ("a.txt", b"\xff\xfe"), ("a.jsonl", b'{"text": 3}\n'), ("a.jsonl", b"no json\n"), ("a.jsonl", b'{"prompt": "a"}\n')])
+@pytest.mark.parametrize(
+    "bad, text",
+    [
+        ("none.txt", None),
+        ("a.txt", b"\xff\xfe"),
+        ("a.jsonl", b'{"text": 3}\n'),
+        ("a.jsonl", b"no json\n"),
+        ("a.jsonl", b'{"prompt": "a"}\n'),
+    ],
+)
 def test_data_that_cannot_be_used_is_one_line(tmp_path, bad, text):
     if text is not None:
         (tmp_path / bad).write_bytes(text)
@@ -262,7 +362,10 @@ def test_held_out_documents_are_never_trained_on(tokenizer, tmp_path):
     texts = {True: "", False: ""}
     for d in documents:
         texts[d.held_out] += d.text
-    assert tokenizer.decode(trained.ids.tolist()) == texts[False] and tokenizer.decode(held_out.ids.tolist()) == texts[True]
+    assert (
+        tokenizer.decode(trained.ids.tolist()) == texts[False]
+        and tokenizer.decode(held_out.ids.tolist()) == texts[True]
+    )
     assert len(trained) > 8 * len(held_out) > 0
 
 
@@ -275,7 +378,9 @@ def test_a_vocabulary_that_cannot_be_trained_is_refused_and_leaves_nothing(tmp_p
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     texts = [d.text for d in data.read_files(data.stdlib_files()[:20])]
-    return data.train_tokenizer(texts, 600, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+    return data.train_tokenizer(
+        texts, 600, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    )
 
 
 @settings(max_examples=200)
@@ -285,11 +390,14 @@ def test_the_trained_tokenizer_gives_back_every_text(tokenizer, text):
 
 
 def test_indentation_and_source_files_survive_the_tokenizer(tokenizer):
-    for text in ["        return x\n\n\n    def f(self):\n\tpass\n", *(d.text for d in data.read_files(data.stdlib_files()[40:60]))]:
+    for text in [
+        "        return x\n\n\n    def f(self):\n\tpass\n",
+        *(d.text for d in data.read_files(data.stdlib_files()[40:60])),
+    ]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-# ---------------------------------------------------------------------------------------------------------------- runs
+# -------------------------------------- runs
 
 
 def run_train(monkeypatch, out, *options) -> None:
@@ -302,80 +410,233 @@ def test_every_recipe_trains_from_its_name_and_its_checkpoint_loads(tmp_path, mo
     (tmp_path / "text").mkdir()
     for number, d in enumerate(data.read_files(data.stdlib_files()[:60])):
         (tmp_path / "text" / f"{number}.py").write_text(d.text)
-    run_train(monkeypatch, tmp_path, "--recipe", recipe, "--data", str(tmp_path / "text"), "--steps", "30", "--batch", "2", "--seq", "32", "--lr", "3e-3", *SHAPE)
+    run_train(
+        monkeypatch,
+        tmp_path,
+        "--recipe",
+        recipe,
+        "--data",
+        str(tmp_path / "text"),
+        "--steps",
+        "30",
+        "--batch",
+        "2",
+        "--seq",
+        "32",
+        "--lr",
+        "3e-3",
+        *SHAPE,
+    )
     model, record = load_checkpoint(tmp_path), json.loads((tmp_path / "training.json").read_text())
     assert model.config.n_layers == 3 and model.dtype == torch.bfloat16
     assert record["steps"] == 30 and record["recipe"]["p_max"] == RECIPES[recipe].p_max
-    assert len(record["held_out_loss_per_exit"]) == 3 and record["held_out_agreement_per_exit"][-1] == 1.0
+    assert (
+        len(record["held_out_loss_per_exit"]) == 3
+        and record["held_out_agreement_per_exit"][-1] == 1.0
+    )
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["losses"]["3"] for row in rows if "losses" in row]
     assert len(losses) == 30 and np.mean(losses[-5:]) < losses[0] - 0.02
 
 
 def test_a_checkpoint_is_trained_further(tmp_path, monkeypatch):
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"prompt": f"{n} + {n} = ", "completion": f"{n + n}\n"}) + "\n" for n in range(900)))
-    common = ["--data", str(tmp_path / "pairs.jsonl"), "--batch", "2", "--seq", "32", "--vocab", "275"]
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": f"{n} + {n} = ", "completion": f"{n + n}\n"}) + "\n"
+            for n in range(900)
+        )
+    )
+    common = [
+        "--data",
+        str(tmp_path / "pairs.jsonl"),
+        "--batch",
+        "2",
+        "--seq",
+        "32",
+        "--vocab",
+        "275",
+    ]
     run_train(monkeypatch, tmp_path / "first", *SHAPE, *common, "--steps", "3")
-    run_train(monkeypatch, tmp_path / "second", *common, "--steps", "2", "--init", str(tmp_path / "first"), "--phase", "finetune", "--lr", "1e-12")
+    run_train(
+        monkeypatch,
+        tmp_path / "second",
+        *common,
+        "--steps",
+        "2",
+        "--init",
+        str(tmp_path / "first"),
+        "--phase",
+        "finetune",
+        "--lr",
+        "1e-12",
+    )
     one, two = load_checkpoint(tmp_path / "first"), load_checkpoint(tmp_path / "second")
-    assert one.config == two.config and all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
-    assert (tmp_path / "first" / "tokenizer.model").read_bytes() == (tmp_path / "second" / "tokenizer.model").read_bytes()
-    assert json.loads((tmp_path / "second" / "training.json").read_text())["recipe"]["e_scale"] == 1.0
+    assert one.config == two.config and all(
+        torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters())
+    )
+    assert (tmp_path / "first" / "tokenizer.model").read_bytes() == (
+        tmp_path / "second" / "tokenizer.model"
+    ).read_bytes()
+    assert (
+        json.loads((tmp_path / "second" / "training.json").read_text())["recipe"]["e_scale"] == 1.0
+    )
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_the_last_state(tmp_path, monkeypatch, capsys):
-    whole = train.Run.train_step
+FEW = "--data tests --batch 2 --seq 32".split()
 
-    def poisoned(run):
-        if run.step == 3:
-            next(iter(run.parameters.values())).data[:] = math.nan
-        return whole(run)
 
-    monkeypatch.setattr(train.Run, "train_step", poisoned)
+def refused(monkeypatch, capsys, out, *options) -> str:
+    """The one line that a run which cannot be ends with."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        run_train(monkeypatch, tmp_path, "--data", "tests", "--steps", "6", "--save-every", "2", "--batch", "2", "--seq", "32", *SHAPE)
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "step 4" in last and "state-00000002" in last
+        run_train(monkeypatch, out, *options)
+    err = capsys.readouterr().err
+    last = err.splitlines()[-1]
+    assert stop.value.code == 2 and last.startswith("train.py: ") and "Traceback" not in err
+    return last
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_leaves_the_last_state(
+    tmp_path, monkeypatch, capsys
+):
+    whole = train.Trainer.train_step
+
+    def poisoned(trainer):
+        if trainer.step == 3:
+            next(iter(trainer.parameters.values())).data[:] = math.nan
+        return whole(trainer)
+
+    monkeypatch.setattr(train.Trainer, "train_step", poisoned)
+    last = refused(monkeypatch, capsys, tmp_path, *FEW, "--steps", "6", "--save-every", "2", *SHAPE)
+    assert "step 4" in last and runs.Run(tmp_path, None).saved_step() == 2
     assert all(p.isfinite().all() for p in load_checkpoint(tmp_path).parameters())
 
 
-def test_a_checkpoint_that_no_run_made_is_not_written_over(tmp_path, monkeypatch, capsys):
-    (tmp_path / "model.safetensors").write_bytes(b"somebody's")
-    with pytest.raises(SystemExit) as stop:
-        run_train(monkeypatch, tmp_path, "--data", "tests", *SHAPE)
-    assert stop.value.code == 2 and "choose another --out" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+@pytest.mark.parametrize(
+    "foreign", ["model.safetensors", "params.json", "tokenizer.json", "x.safetensors"]
+)
+def test_a_checkpoint_that_no_run_made_is_not_written_over(tmp_path, monkeypatch, capsys, foreign):
+    (tmp_path / foreign).write_bytes(b"somebody's")
+    assert "choose another --out" in refused(monkeypatch, capsys, tmp_path, *FEW, *SHAPE)
+    assert [p.name for p in tmp_path.iterdir()] == [foreign]
+    assert (tmp_path / foreign).read_bytes() == b"somebody's"
 
 
-def test_a_time_budget_survives_an_early_stop(tmp_path, monkeypatch):
-    """Stopped before the budget was turned into steps, a run works it out when it goes on."""
-    common = ["--data", "tests", "--minutes", "0.01", "--batch", "2", "--seq", "32", "--save-every", "10", *SHAPE]
-    whole = train.Run.train_step
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The directory of a run of three steps."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        run_train(patch, out, *FEW, "--steps", "3", *SHAPE)
+    return out
 
-    def interrupted(run):
-        if run.step == 12:
-            raise ValueError("stopped here")
-        return whole(run)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "train_step", interrupted)
-        with pytest.raises(SystemExit):
-            run_train(patch, tmp_path, *common)
-    run_train(monkeypatch, tmp_path, *common)
-    assert 50 < json.loads((tmp_path / "training.json").read_text())["steps"] < 5000
+@pytest.mark.parametrize("layout", ["one file", "shards", "meta"])
+def test_out_is_not_init_and_nothing_of_it_is_lost(trained, tmp_path, monkeypatch, capsys, layout):
+    names = {
+        "one file": "model.safetensors",
+        "shards": "a.safetensors",
+        "meta": "consolidated.00.safetensors",
+    }
+    shutil.copy(trained / "tokenizer.model", tmp_path)
+    shutil.copy(trained / "model.safetensors", tmp_path / names[layout])
+    shutil.copy(
+        trained / "config.json", tmp_path / ("params.json" if layout == "meta" else "config.json")
+    )
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    refused(monkeypatch, capsys, tmp_path, *FEW, "--init", str(tmp_path), "--steps", "2")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_second_run_in_one_directory_is_refused(trained, monkeypatch, capsys):
+    first = runs.Run(trained, None)
+    first.lock()
+    last = refused(monkeypatch, capsys, trained, *FEW, "--steps", "3", *SHAPE)
+    assert "another run trains" in last
+    first.locked.close()
+
+
+DAMAGED = {
+    "data.json": ["", "[]", "{}", "null", '{"data": 3}'],
+    "training.json": ["", "[]", "{"],
+    "metrics.jsonl": [],
+    "train.bin": ["", "\xff\xff" * 5000],
+    "held_out.bin": [""],
+    "state.safetensors": ["", "{}", "\0" * 64],
+}
+
+
+@pytest.mark.parametrize("name, text", [(n, t) for n, texts in DAMAGED.items() for t in texts])
+def test_a_damaged_file_of_a_run_is_one_line_that_names_it(
+    trained, tmp_path, monkeypatch, capsys, name, text
+):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(text.encode("latin-1"))
+    if name == "train.bin" and text:
+        (tmp_path / "run" / "state.safetensors").unlink()
+    last = refused(monkeypatch, capsys, tmp_path / "run", *FEW, "--steps", "3", *SHAPE)
+    assert name in last or "choose another --out" in last
 
 
 @pytest.mark.parametrize(
-    "bad",
-    ["--steps 0", "--exits 24", "--exits a", "--exits 0", "--p-max 1", "--rotation -1", "--seq 600", "--minutes -1", "--heads 3 --kv-heads 2",
-     "--e-scale nan", "--batch 3 --accumulate 2", "--lr 0", "--distill 2", "--seed -1", "--recipe lite --phase finetune", "--layers 1", "--minutes inf", "--head-dim 63", "--data no/such", "--init no/such"],
-)  # fmt: skip
-def test_bad_training_settings_are_one_line_and_write_no_checkpoint(tmp_path, monkeypatch, capsys, bad):
+    "about", ["", "{}", "[]", '{"step": "1", "steps": 3, "settings": {}}', '{"step": 1}']
+)
+def test_a_state_that_does_not_tell_its_step_is_one_line(
+    trained, tmp_path, monkeypatch, capsys, about
+):
+    shutil.copytree(trained, tmp_path / "run")
+    state = tmp_path / "run" / "state.safetensors"
+    save_file(load_file(state), state, {"run": about})
+    last = refused(monkeypatch, capsys, tmp_path / "run", *FEW, "--steps", "3", *SHAPE)
+    assert "state.safetensors is damaged" in last
+
+
+def test_damaged_rows_of_metrics_are_dropped(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text("{}\n" + whole + '{"step": 99}\n{"step"')
+    run_train(monkeypatch, tmp_path / "run", *FEW, "--steps", "3", *SHAPE)
+    assert metrics.read_text() == whole
+
+
+def test_what_cannot_be_allocated_is_one_line(tmp_path, monkeypatch, capsys):
+    huge = [*SHAPE, "--dim", "1000000", "--hidden-dim", "1000000"]
+    refused(monkeypatch, capsys, tmp_path / "run", *FEW, "--steps", "2", *huge)
+    refused(monkeypatch, capsys, tmp_path / "more", *FEW, "--steps", "2", "--dim", "100000000")
+
+
+def test_a_time_budget_survives_an_early_stop(tmp_path, monkeypatch, capsys):
+    """Stopped before the budget was turned into steps, a run works it out when it goes on."""
+    common = [*FEW, "--minutes", "0.01", "--save-every", "10", *SHAPE]
+    whole = train.Trainer.train_step
+
+    def interrupted(trainer):
+        if trainer.step == 12:
+            raise ValueError("stopped here")
+        return whole(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "train_step", interrupted)
+        refused(patch, capsys, tmp_path, *common)
+    run_train(monkeypatch, tmp_path, *common)
+    assert 30 < runs.Run(tmp_path, None).saved_step() < 5000
+
+
+BAD = """--steps 0|--exits 24|--exits a|--exits 0|--p-max 1|--rotation -1|--seq 600|--minutes -1
+--heads 3 --kv-heads 2|--e-scale nan|--batch 3 --accumulate 2|--lr 0|--distill 2|--seed -1
+--recipe lite --phase finetune|--layers 1|--minutes inf|--head-dim 63|--data no/such
+--init no/such"""
+
+
+@pytest.mark.parametrize("bad", BAD.replace("\n", "|").split("|"))
+def test_bad_training_settings_are_one_line_and_write_no_checkpoint(
+    tmp_path, monkeypatch, capsys, bad
+):
     tokens = tokens_of(tmp_path, [0] * 9999)
+    special = type("T", (), dict(vocab_size=400, bos=1, eos=2))
     if "--data" not in bad:
-        monkeypatch.setattr(train.Run, "prepare_data", lambda run: (tokens, tokens, type("T", (), dict(vocab_size=400, bos=1, eos=2))))
-    with pytest.raises(SystemExit) as stop:
-        run_train(monkeypatch, tmp_path / "run", *bad.split())
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.splitlines()[-1].startswith("train.py: ") and "Traceback" not in err
+        made = lambda *_: (tokens, tokens, special)
+        monkeypatch.setattr(runs.Run, "prepare_data", made)
+    refused(monkeypatch, capsys, tmp_path / "run", *bad.split())
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -1,0 +1,101 @@
+"""Memory and time of loading a checkpoint of Llama 3.2 1B's shape.
+
+    python tests/load_1b.py
+
+It writes 2.5 GB of random bfloat16 to a temporary directory. Bounds: peak resident memory of a
+process that only loads, at most 1.15 times the weights; loading, at most twice the time that
+reading the file into memory takes. (The file is in the page cache. Medians of five alternating runs
+are taken, each in a new process, so that both pay for fresh memory.) Exit code 1 beyond a bound.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from model import Config, Llama, write_config
+
+LLAMA_32_1B = Config(
+    vocab_size=128256,
+    dim=2048,
+    hidden_dim=8192,
+    n_layers=16,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=64,
+    max_len=131072,
+    rope_theta=5e5,
+    rope_type="llama3",
+    rope_factor=32.0,
+    tied=True,
+)
+
+LOAD = """
+import resource, sys, time
+sys.path.insert(0, sys.argv[1])
+from model import load_checkpoint
+started = time.perf_counter()
+model = load_checkpoint(sys.argv[2])
+seconds = time.perf_counter() - started
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(seconds, peak, sum(p.nbytes for p in model.parameters()))
+"""
+
+READ = """
+import pathlib, sys, time
+started = time.perf_counter()
+data = pathlib.Path(sys.argv[2], "model.safetensors").read_bytes()
+print(time.perf_counter() - started)
+"""
+
+
+def write_random(path: Path, config: Config) -> None:
+    """Writes config.json and model.safetensors with random weights, a tensor at a time."""
+    (path / "config.json").write_text(json.dumps(write_config(config, torch.bfloat16)))
+    with torch.device("meta"):
+        model = Llama(config)
+    header, offset = {}, 0
+    for name, p in model.named_parameters():
+        end = offset + 2 * p.numel()
+        header[name] = {"dtype": "BF16", "shape": list(p.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    with open(path / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for p in model.parameters():
+            scale = p.shape[-1] ** -0.5
+            weight = torch.ones(p.shape) if p.dim() == 1 else torch.randn(p.shape) * scale
+            file.write(weight.bfloat16().view(torch.int16).numpy().data)
+
+
+def figures(program: str, path: Path) -> list[float]:
+    """What a new process prints that runs `program` on a checkpoint."""
+    command = [sys.executable, "-c", program, str(ROOT), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [float(v) for v in done.stdout.split()]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        write_random(path, LLAMA_32_1B)
+        figures(READ, path)
+        runs = [(figures(READ, path), figures(LOAD, path)) for _ in range(5)]
+    read = statistics.median(reading[0] for reading, _ in runs)
+    times, peaks, sizes = zip(*(loading for _, loading in runs))
+    seconds, peak, weights = statistics.median(times), max(peaks), sizes[0]
+    print(f"{weights / 1e9:.2f} GB of weights: reading {read:.2f} s, loading {seconds:.2f} s")
+    print(f"loading takes {seconds / read:.2f} times as long as reading; at most 2")
+    print(f"peak resident memory is {peak / weights:.3f} times the weights; at most 1.15")
+    raise SystemExit(seconds > 2 * read or peak > 1.15 * weights)
+
+
+if __name__ == "__main__":
+    main()
