@@ -12,13 +12,13 @@ is copied or concatenated. What lies beyond `length` is dead and will be overwri
     K, V  layer 0         [ live in all layers ][ draft rows of layers < E ]   dead
           ...
           layer L-1       [ live in all layers ][ written by verification  ]   dead
-    Q     exit queries                          [ row 0 .. row draft_len   ]
+    Q     exit queries, by row of the draft     [ row 0 .. row draft_len   ]
 """
 
 import torch
 from torch import Tensor
 
-VIEW = 64  # exact.py reads the cache in views whose length is a multiple of this
+VIEW = 64  # exact.py reads views of a multiple of this: a position meets the same shape always
 
 
 class KVQCache:

@@ -4,7 +4,7 @@ One round (LayerSkip, arXiv 2404.16710, section 4.3), with n tokens known and po
 the cache:
 
     draft     row i = 0..d runs token t_i (t_0 = x_{n-1}) through layers [0, E), which leaves keys,
-              values and an exit query q_i;  t_{i+1} = pick(unembed(q_i), position n+i)
+              values and an exit query q_i; t_{i+1} = pick(unembed(q_i), position n+i) for i < d
     verify    q_0..q_d run through layers [E, L) in one pass;  v_i = pick(logits_i, position n+i)
     accept    v_0..v_a are emitted, where a is the number of leading i with t_{i+1} == v_i
     rewind    the cache keeps positions 0..n-1+a
@@ -106,7 +106,7 @@ def next_token(logits: Tensor, position: int, sampling: Sampling) -> int:
     2408.07978). Temperature 0: argmax(logits).
     """
     if sampling.temperature == 0:
-        return int(logits.max(-1).indices)  # argmax's tie-break, and faster for bfloat16 on a CPU
+        return int(logits.max(-1).indices)  # as argmax: the first of equals. Faster in bfloat16
     scaled = logits.double().cpu() / sampling.temperature
     scaled = keep_likely(scaled, sampling.top_k, sampling.top_p)
     return int((scaled + gumbel(sampling.seed, position, len(scaled))).argmax())
@@ -197,8 +197,9 @@ def generate(
     exit_layer    E, from 1 to L-1: draft with layers [0, E). 0: no draft, the full model alone.
     draft_len     d, from 1 to MAX_ROWS - 1: the most tokens drafted in a round.
     min_confidence   see draft.
-    drafter       makes another drafter than layers [0, E): drafter(model, cache, min_confidence,
-                  eos).draft(tokens, limit, pick) -> (guesses, E), see extras/drafters.py.
+    drafter       makes another drafter than layers [0, E), see extras/drafters.py:
+                  drafter(model, cache, min_confidence, eos).draft(tokens, limit, pick)
+                  -> (at most `limit` guesses, E). E > 0 promises what draft leaves; 0 nothing.
     eos           ids that end the text; None: the model's own. () never ends it.
 
     Ends after max_new_tokens, after an EOS, or when the context is full. With a model from
@@ -219,15 +220,15 @@ def generate(
     prefill(model, cache, tokens[:-1])
     while len(tokens) < end:
         started = time.perf_counter()
-        guesses, first_layer = [], exit_layer
+        guesses, layers_run = [], exit_layer
         limit = min(draft_len, end - len(tokens) - 1)  # a round emits one token more than it drafts
         if other:
-            guesses, first_layer = other.draft(tokens, limit, pick)
+            guesses, layers_run = other.draft(tokens, limit, pick)
         elif exit_layer:
             token = tokens[-1]
             guesses = draft(model, cache, token, limit, pick, exit_layer, min_confidence, eos)
         drafted = time.perf_counter()
-        logits = verify(model, cache, tokens[-1:] + guesses, first_layer)
+        logits = verify(model, cache, tokens[-1:] + guesses, layers_run)
         emitted = accept(guesses, logits, len(tokens), pick, eos)
         if other and hasattr(other, "verified"):  # a drafter that learns from the rejected rows too
             other.verified(tokens, emitted, logits, pick)

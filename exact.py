@@ -99,14 +99,15 @@ def batched_product(weight: Tensor) -> Product:
 class RowLinear:
     """x (T, in) -> (T, out): one or several linear layers of the same input, as one exact product.
 
-    A pass with fewer rows than `min_rows`, see safe_rows, is padded up to it.
+    min_rows is what safe_rows found: 1, any pass will do; M, shorter passes are padded up to M
+    rows; 0, each row runs alone.
     """
 
     SMALL = 1 << 20  # bytes of a weight up to which calling oneDNN costs more than it saves
 
     def __init__(self, probed: dict, *layers: nn.Linear):
         weight = torch.cat([layer.weight.detach() for layer in layers])
-        ways: list[Callable[[Tensor], Product]] = [linear_product]
+        ways: list[Callable[[Tensor], Product]] = [linear_product]  # in order of preference
         if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
             if weight.dtype == torch.float32 or weight.dtype == auto_dtype(weight.device):
                 ways = [packed_product]
@@ -144,7 +145,7 @@ def safe_rows(way: Callable[[Tensor], Product], weight: Tensor) -> int:
     half = in_features // 2
     first, second, left_over = order.tensor_split((half, 2 * half))
 
-    def draw(rows: int, sign: float) -> Tensor:
+    def draw(rows: int, sign: float) -> Tensor:  # a weight's halves are w, -w; an input's x, x
         x = torch.randn(rows, in_features, generator=generator, dtype=torch.float64)
         x[:, second] = sign * x[:, first]
         x[:, left_over] = 0
@@ -172,7 +173,10 @@ def safe_rows(way: Callable[[Tensor], Product], weight: Tensor) -> int:
 
 @lru_cache(maxsize=4)
 def causal_line(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`length` zeros, then as many -inf. The slice from length-1-p is position p's causal mask."""
+    """`length` zeros, then as many -inf. The slice from length-1-p is position p's causal mask.
+
+    For length 4, position 1 sees line[2:6]: 0, 0, -inf, -inf.
+    """
     with torch.inference_mode(False):
         zeros = torch.zeros(length, dtype=dtype, device=device)
         return torch.cat([zeros, zeros - math.inf])
@@ -184,11 +188,6 @@ class RowAttention:
     The rows are a *batch* of one-query sequences over the one cache: keys and values are expanded,
     not copied. A row at position p has its own mask and sees a view of the cache whose length
     depends on p alone, the next multiple of cache.VIEW. So it meets the same shapes in every pass.
-
-    The query heads that share a key/value head are the rows of its small products. They are padded
-    to a multiple of 8, so that each operand and each thread's scratch memory starts on 64 bytes:
-    MKL's order of summation depends on alignment. A single row with a single key/value head runs
-    twice: alone, MKL would split its products between threads.
     """
 
     def __init__(self, cache: KVQCache, start: int, rows: int):
@@ -204,6 +203,7 @@ class RowAttention:
             view = cache.view_len(first + 1)
             last = min(start + rows, view)
             mask = torch.stack([line[middle - p : middle - p + view] for p in range(first, last)])
+            # One row with one key/value head runs twice: MKL splits a lone product among threads.
             count = max(last - first, 2 if cache.keys.shape[1] == 1 else 1)
             keys, values = cache.share(view, count)
             self.slices.append((first - start, last - start, keys, values, mask[:, None, None]))
@@ -215,6 +215,8 @@ class RowAttention:
         self.cache.write(layer, self.start, k, v)
         heads, groups = q.shape[1], k.shape[1]
         q = q.unflatten(1, (groups, -1))  # (T, Hkv, G, hd)
+        # The G heads of a group are the rows of its products. With a multiple of 8, operands and
+        # scratch memory start on 64 bytes: MKL's order of summation depends on alignment.
         q = F.pad(q, (0, 0, 0, -q.shape[2] % 8))
         mixed = []
         for first, last, keys, values, mask in self.slices:
@@ -249,7 +251,7 @@ class PackedAttention(Attention):
     """Attention with q, k and v in one product, and q and k in one rotation."""
 
     def __init__(self, a: Attention, probed: dict):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not Attention's, which would make plain weights
         self.n_heads, self.n_kv_heads, self.head_dim = a.n_heads, a.n_kv_heads, a.head_dim
         self.qkv_proj = RowLinear(probed, a.q_proj, a.k_proj, a.v_proj)
         self.o_proj = RowLinear(probed, a.o_proj)  # type: ignore[assignment]
@@ -275,7 +277,7 @@ class PackedMLP(MLP):
 
 
 def row_silu(gate: Tensor) -> Tensor:
-    """SiLU whose rows do not see each other; gate (..., T, hidden_dim) is a view of gate_up's rows.
+    """SiLU whose rows do not see each other; gate (..., T, hidden_dim) must be strided.
 
     A strided view is looped over row by row, so each row has its own tail, always at its end. From
     32,768 elements on PyTorch cuts the range between threads wherever it falls: rows go singly.

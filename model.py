@@ -10,11 +10,11 @@ Self-speculation drafts with run_layers(0, E) and verifies with run_layers(E, L)
 
 Two kinds of pass go through the same layers:
 
-    a batch of sequences   h is (B, T, dim), no cache: training, evaluation, reference logits
+    a batch of sequences   h is (B, T, dim), no cache: training and evaluation
     rows over a cache      h is (T, dim), consecutive positions of one text: prefill and decoding
 
-Shapes: B batch, T rows of this pass, S cached positions, H query heads, Hkv key/value heads, hd the
-size of a head. Modules and parameters have Hugging Face's names, so weights load without a mapping.
+Shapes: B batch, T rows of this pass, S visible positions, H query heads, Hkv key/value heads, hd
+their size. Modules and parameters have Hugging Face's names, so weights load without a mapping.
 """
 
 import json
@@ -90,8 +90,8 @@ class Config:
 
 SIZES = "vocab_size dim hidden_dim n_heads n_kv_heads head_dim".split()
 FACTORS = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor")
-RANGES = {  # of a field: whole numbers where the bounds are. Anything else is a mistaken file.
-    **dict.fromkeys(SIZES, (1, 1 << 20)),  # the product of three is still a number of bytes
+RANGES = {  # bounds of fields; whole numbers where the bounds are
+    **dict.fromkeys(SIZES, (1, 1 << 20)),  # sizes in bytes stay below 2^63
     **dict.fromkeys(("max_len", "rope_original_len"), (1, 1 << 27)),
     "n_layers": (1, 1024),
     "norm_eps": (1e-12, 1.0),
@@ -137,7 +137,7 @@ def rotary_frequencies(c: Config) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on x (..., T, heads, hd), given cos and signed sin (T, 1, hd).
+    """Rotary positions on x (..., T, heads, hd), given cos and [-sin, sin] (T, 1, hd).
 
     Dimension i turns together with i + hd/2, as Hugging Face pairs them.
     """
@@ -160,8 +160,8 @@ def row_attention(cache: KVQCache, start: int, rows: int) -> Callable[..., Tenso
     It writes k and v (T, Hkv, hd) into the cache, then each row of q (T, H, hd) sees the positions
     up to its own. One mask serves every layer of a pass.
     """
-    seen = torch.arange(start + rows, device=cache.keys.device)  # (S,)
-    mask = seen <= seen[start:, None]  # (T, S)
+    positions = torch.arange(start + rows, device=cache.keys.device)  # (S,)
+    mask = positions <= positions[start:, None]  # (T, S)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.write(layer, start, k, v)
@@ -226,7 +226,7 @@ class Layer(nn.Module):
 
 
 class Body(nn.Module):
-    """The level that Hugging Face's names put between a Llama and its layers; Llama fills it."""
+    """There so that names read model.layers.0 and so on, as Hugging Face's do."""
 
     embed_tokens: nn.Embedding
     layers: Any  # an nn.ModuleList of Layer
@@ -248,7 +248,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.row_attention = row_attention  # exact.py puts another one here
+        self.row_attention = row_attention  # exact.pack puts another function here
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -293,7 +293,7 @@ class Llama(nn.Module):
         return self.unembed(self.run_layers(self.embed(tokens), 0, self.config.n_layers))
 
     def rotary(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
-        """cos and signed sin (rows, 1, hd) for positions from `start`, from a table that grows."""
+        """cos and [-sin, sin] (rows, 1, hd) for positions from `start`, from a table that grows."""
         end, table = start + rows, self._rotary
         stale = table is None or (table[0].dtype, table[0].device) != (self.dtype, self.device)
         if table is None or stale or len(table[0]) < end:

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ class Recipe:
     rescale: bool = setting(False, "divide f_l by its keep probability")
     exits: str = setting("none", "exits that get a loss: none, all, lite, or layers such as 2,4,8")
     curriculum: str = setting("rotational", "C: what a step trains", "rotational", "gradual")
-    rotation: int = setting(0, "R: a step trains every R-th exit; 0: one exit")
+    rotation: int = setting(0, "R: every exit's turn comes each R steps; 0: one exit a step")
     e_scale: float = setting(1.0, "weight of the early exits against the last")
     uniform_exits: bool = setting(False, "e(l) = e_scale for each early exit, and 1 for the last")
     distill: float = setting(0.0, "last share of steps, in which exits learn from the last layer")
@@ -76,7 +77,9 @@ RECIPES = {
     # arXiv 1909.11556, section 3
     "layerdrop": Recipe(p_max=0.2, dropout_depth="constant", dropout_unit="batch"),
     # arXiv 2010.13369, algorithm 1
-    "pld": Recipe(0.5, "linear", "pld", dropout_unit="batch", rescale=True),
+    "pld": Recipe(
+        p_max=0.5, dropout_depth="linear", dropout_time="pld", dropout_unit="batch", rescale=True
+    ),
     "plain": Recipe(),
 }
 
@@ -140,6 +143,7 @@ def exit_weights(t: int, layers: int, steps: int, recipe: Recipe) -> dict[int, f
         active = [exit for place, exit in enumerate(exits) if place % period == t % period]
     weights = {exit: e(exit - 1) for exit in [*active, layers]}
     total = sum(weights.values())
+    # e(0) = 0: an exit after one layer has a loss with uniform_exits alone.
     return {exit: weight / total for exit, weight in weights.items() if weight}
 
 
@@ -148,7 +152,7 @@ def exit_weights(t: int, layers: int, steps: int, recipe: Recipe) -> dict[int, f
 
 
 def draw_kept(seed: int, t: int, drop: list[float], batch: int, unit: str) -> np.ndarray:
-    """M of step t: which samples run which layers, (L, batch) bool. A pure function.
+    """M of step t, (L, batch) bool: which samples run which layers. A pure function.
 
     drop[l] is the probability of skipping layer l. unit "batch": all samples skip it or none.
     """
@@ -217,9 +221,9 @@ class Objective(nn.Module):
         """
         model, hidden = self.llama, {}
         cos, sin = model.rotary(0, tokens.shape[1])
-        h = model.embed(tokens).float()
+        h = model.embed(tokens).float()  # float32 between layers, under autocast too
 
-        def run(layer: Callable[..., Tensor], x: Tensor, *rotary: Tensor) -> Tensor:
+        def run_layer(layer: Callable[..., Tensor], x: Tensor, *rotary: Tensor) -> Tensor:
             self.mark(x)
             if self.recompute:
                 return checkpoint(layer, x, *rotary, use_reentrant=False)
@@ -228,8 +232,7 @@ class Objective(nn.Module):
         for l, layer in enumerate(model.model.layers):
             samples = torch.from_numpy(kept[l]).to(h.device)
             always = self.sharded and bool(runs[l])
-            run_layer = lambda *x: run(layer, *x)
-            h = run_with_dropout(run_layer, h, cos, sin, samples, keep[l], always)
+            h = run_with_dropout(partial(run_layer, layer), h, cos, sin, samples, keep[l], always)
             if l + 1 in weights:
                 hidden[l + 1] = h.flatten(0, 1)
         return self.early_exit_loss(hidden, targets.flatten(), weights, distill)
@@ -305,8 +308,16 @@ def learning_rate(t: int, steps: int, warmup: int) -> float:
 # --------------------------------------
 # The loop
 
-ENDLESS = 10**9  # steps, as long as --minutes has not become a number of steps
-FREE = {"out", "save_every", "compile", "minutes", "steps", "accumulate", "recompute"}
+ENDLESS = 10**9  # steps, until --minutes has become a number of steps
+FREE = {  # options that may differ when a run goes on
+    "out",
+    "save_every",
+    "compile",
+    "minutes",
+    "steps",
+    "accumulate",
+    "recompute",
+}
 
 
 class Trainer:
@@ -324,13 +335,13 @@ class Trainer:
         self.config = model.config if model else shape_of(args)
         if self.config.n_layers < 2:
             raise ValueError("a model of one layer has no early exit to train")
-        exit_layers(self.recipe, self.config.n_layers)
+        exit_layers(self.recipe, self.config.n_layers)  # refuses a wrong --exits at once
         if args.seq > self.config.max_len:
             raise ValueError(f"--seq {args.seq} is beyond the context of {self.config.max_len}")
         if run.rank == 0:
             run.lock()
             run.prepare_data(args.data, args.vocab)
-        run.wait()
+        run.wait()  # the first process writes the tokens, then all read them
         self.tokens, self.held_out, self.tokenizer = run.prepare_data(args.data, args.vocab)
         if min(len(self.tokens), len(self.held_out)) <= args.seq + 1:
             raise ValueError(f"the data is too short for --seq {args.seq}")
@@ -349,7 +360,7 @@ class Trainer:
         decay = args.weight_decay  # of matrices
         groups: list[dict] = [{"params": [], "weight_decay": w} for w in (decay, 0.0)]
         for p in self.parameters.values():
-            groups[p.dim() < 2]["params"].append(p)
+            groups[0 if p.dim() == 2 else 1]["params"].append(p)
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
         self.step, self.steps = run.load_state(self.tensors(), self.settings())
         if self.step and args.minutes is None and self.steps != args.steps:

@@ -70,5 +70,5 @@ def test_another_exit_than_the_compiled_one_is_refused(model):
 
 @pytest.mark.parametrize("dtype, exit_layer", [(torch.float64, 1), (torch.float32, 3)])
 def test_what_cannot_be_compiled_is_refused(dtype, exit_layer):
-    with pytest.raises(ValueError, match="float32|exit layer"):
+    with pytest.raises(ValueError, match=r"float32|exit layer"):
         compiled.compile_model(tiny_model(tiny_config(**CONFIG), dtype=dtype), exit_layer)
