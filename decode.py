@@ -225,8 +225,7 @@ def generate(
         if other:
             guesses, layers_run = other.draft(tokens, limit, pick)
         elif exit_layer:
-            token = tokens[-1]
-            guesses = draft(model, cache, token, limit, pick, exit_layer, min_confidence, eos)
+            guesses = draft(model, cache, tokens[-1], limit, pick, exit_layer, min_confidence, eos)
         drafted = time.perf_counter()
         logits = verify(model, cache, tokens[-1:] + guesses, layers_run)
         emitted = accept(guesses, logits, len(tokens), pick, eos)

@@ -31,6 +31,7 @@ def keep_layers(model: Llama, layers: Iterable[int]) -> Llama:
         thin = Llama(replace(model.config, n_layers=len(kept)))
     thin.model.layers = nn.ModuleList(model.model.layers[l] for l in kept)
     thin.model.embed_tokens, thin.model.norm = model.model.embed_tokens, model.model.norm
+    del thin.lm_head  # a packed head is no module, and could not replace one
     thin.lm_head, thin.row_attention = model.lm_head, model.row_attention
     return thin.train(model.training)
 

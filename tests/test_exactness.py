@@ -43,8 +43,11 @@ def on_threads(count):
 # Whole generations
 
 
+ONE_OR_ANY = st.just(1.0) | SCALES
+
+
 @st.composite
-def cases(draw):
+def cases(draw, scale=ONE_OR_ANY):
     """A random model, prompt and settings of generate.
 
     The lengths are such that the ends of cache views, of the context and of the budget fall inside
@@ -65,7 +68,7 @@ def cases(draw):
     )
     exit_layer = draw(st.integers(1, n_layers - 1))
     damping = draw(st.sampled_from([0.0, 0.03, 0.1, 0.3, 1.0]))
-    scales = draw(st.tuples(*[st.just(1.0) | SCALES] * 3))
+    scales = draw(st.tuples(scale, scale, scale))
     dtype = draw(st.sampled_from(DTYPES))
     model = tiny_model(config, draw(st.integers(0, 99)), exit_layer, damping, dtype, scales)
     longest = draw(st.sampled_from([1, 17, 66]))
@@ -187,7 +190,7 @@ def test_an_early_exit_alone_is_the_first_layers_own_decoding(case):
 
 
 @settings(max_examples=settings().max_examples // 2)
-@given(cases())
+@given(cases(scale=st.just(1.0)))  # at others attention may amplify rounding errors without bound
 def test_an_unpacked_model_decodes_alike_where_no_two_logits_nearly_tie(case):
     model = case["model"].double()
     c, tokens, prompt = model.config, [], case["prompt_ids"]

@@ -176,6 +176,19 @@ def test_the_cache_gives_back_what_was_written_and_copies_nothing():
     assert cache.queries.sum(1).tolist() == [0, 0, 0, 24, 0, 0]
 
 
+def test_shared_views_show_each_row_the_same_cache_and_what_is_written_later():
+    cache = KVQCache(2, 2, 8, 24, 2 * VIEW, 5)
+    cache.write(1, 0, *torch.randn(2, VIEW, 2, 8))
+    for end in (VIEW, 2 * VIEW, VIEW):  # a text that grows, and one that goes back
+        for shared, alone in zip(cache.share(end, 3), cache.read(1, end)):
+            assert len(shared) == 2 and torch.equal(shared[1], alone.expand(3, -1, -1, -1))
+    k, v = torch.randn(2, 4, 2, 8)
+    keys, values = (x[1] for x in cache.share(VIEW, 3))
+    cache.write(1, 9, k, v)
+    assert torch.equal(keys[2, :, 9:13], k.transpose(0, 1))
+    assert torch.equal(values[2, :, 9:13], v.transpose(0, 1))
+
+
 def test_a_view_covers_its_positions_and_depends_on_their_end_alone():
     assert [KVQCache.view_len(end) for end in (1, VIEW, VIEW + 1)] == [VIEW, VIEW, 2 * VIEW]
 

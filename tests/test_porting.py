@@ -352,12 +352,29 @@ class VerifierOnePositionLate(Decoder):
         return logits
 
 
+class LengthOneShort(Decoder):
+    """length grows by one token less than was emitted"""
+
+    def rewind(self, drafted, emitted):
+        super().rewind(drafted, emitted)
+        self.length -= 1
+
+
 class LengthNotRewound(Decoder):
     """rejected rows stay live"""
 
     def rewind(self, drafted, emitted):
         super().rewind(drafted, emitted)
         self.length += len(drafted) + 1 - len(emitted)
+
+
+class VerifierSeesAllRows(Decoder):
+    """rows of a verification see the rows after them"""
+
+    def verify(self, drafted):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(numpy_decode.np, "where", lambda unseen, masked, score: score)
+            return super().verify(drafted)
 
 
 class KeepsARejectedKey(Decoder):
@@ -367,6 +384,13 @@ class KeepsARejectedKey(Decoder):
         super().rewind(drafted, emitted)
         if len(emitted) <= len(drafted):
             self.keys[2, :, self.length - 1] = self.keys[2, :, self.length]
+
+
+class NoiseOfAnotherSeed(Decoder):
+    """Sees the seed's bits but the last two, as a double does with the largest seed."""
+
+    def __init__(self, model, prompt, settings):
+        super().__init__(model, prompt, settings | {"seed": settings["seed"] & ~3})
 
 
 class NeverWritesTwice(Decoder):
@@ -381,6 +405,38 @@ class NeverWritesTwice(Decoder):
         live = slice(first, first + len(emitted))
         self.keys[0, :, live] = self.seen[:, live]
         super().rewind(drafted, emitted)
+
+
+class LateKeys(np.ndarray):
+    """Keys (L, Hkv, positions, hd) that are stored one position late in some layers."""
+
+    layers = range(0)
+
+    def __setitem__(self, at, keys):
+        if at[0] in self.layers:
+            at = (*at[:2], slice(at[2].start + 1, at[2].stop + 1))
+        super().__setitem__(at, keys)
+
+
+class DraftKeysOneLate(Decoder):
+    """After a rejection the draft's keys are stored one position late."""
+
+    def __init__(self, model, prompt, settings):
+        super().__init__(model, prompt, settings)
+        self.keys = self.keys.view(LateKeys)
+        self.late = range(self.exit)
+
+    def rewind(self, drafted, emitted):
+        super().rewind(drafted, emitted)
+        self.keys.layers = self.late if len(emitted) <= len(drafted) else range(0)
+
+
+class VerifierKeysOneLate(DraftKeysOneLate):
+    """After a rejection the verifier's keys are stored one position late."""
+
+    def __init__(self, model, prompt, settings):
+        super().__init__(model, prompt, settings)
+        self.late = range(self.exit, model.n_layers) if self.exit else range(0)
 
 
 class PrefillStopsBeforeTheLastLayer(Decoder):
@@ -433,6 +489,10 @@ def emits_two(r, s):
     return len(r["emitted"]) > 1
 
 
+def always(r, s):
+    return True
+
+
 def drafts(r, s):
     return len(r["drafted"]) > 0
 
@@ -459,6 +519,10 @@ FAULTS = [
     (VerifierRunsEveryLayer, "greedy-E2-d4", "5.2.1", drafts, 0, None),
     (VerifierSkipsLayerE, "greedy-E1-d2", "5.2", drafts, HEAD, ("n", -1)),
     (VerifierOnePositionLate, "prompt-of-60-crosses-64", "5.2", drafts, HEAD, ("n", -1)),
+    (VerifierSeesAllRows, "greedy-E2-d4", "5.2", drafts, HEAD, ("n", -1)),
+    (LengthOneShort, "plain-sampled", "5.4", always, None, None),
+    (LengthOneShort, "plain", "5.4", always, None, None),
+    (LengthOneShort, "all-rejected-sampled", "5.4", always, None, None),
     (LengthNotRewound, "greedy-E2-d8", "5.4", rejected, None, None),
     (KeepsARejectedKey, "all-rejected-sampled", "3.2", rejected, 2, ("a", -1)),
     (PrefillStopsBeforeTheLastLayer, "greedy-E3-d4", "6.2", "prefill", 4, 0),
@@ -705,7 +769,51 @@ def test_what_a_trace_shows_decides_how_early_a_stale_key_is_found(ports, shown)
     expected = {"queries": ("5.1.2", 1), "logits": ("5.2", HEAD), "tokens": ("4.3", broken.layer)}
     assert broken.round > after and (broken.rule, broken.layer) == expected[shown]
     assert "nearer the cause: give filters, keys, values" in str(broken)
+    assert ("after a rejection" in str(broken)) == (shown != "tokens")
     assert ("exit_queries" in str(broken).partition("nearer")[2]) == (shown != "queries")
+
+
+def advice(ports, whole, fault, *names):
+    """What is added to the first broken rule of a trace with all arrays and filters."""
+    trace = run(ports, fault, *names) | {"filters": whole["filters"]}
+    return str(checked(trace)).partition(", found ")[2].partition(" (")[2]
+
+
+def test_what_a_trace_gives_is_not_asked_for(ports, whole):
+    """Plain logits are given: by the broken plain case itself, or by one before."""
+    assert "nearer" not in advice(ports, whole, NoiseOfAnotherSeed, "plain-sampled")
+    names = "plain-sampled", "greedy-E3-d4"
+    assert not advice(ports, whole, QueriesOffByOneRow, *names)
+    assert "give logits of plain cases" in advice(ports, whole, QueriesOffByOneRow, *names[1:])
+
+
+def test_a_wrong_sample_sends_to_the_noise_unless_an_earlier_sampled_case_was_right(ports, whole):
+    """The generator is right then. A seed of more than 53 bits may still be wrong."""
+    assert "4.4" in advice(ports, whole, NoiseOfAnotherSeed, "plain-sampled")
+    assert "4.4" in advice(ports, whole, DraftNoiseOneLate, "sampled-E2-d6")
+    names = "plain-sampled", "sampled-E2-d6"
+    assert not advice(ports, whole, DraftNoiseOneLate, *names)
+    trace = run(ports, Decoder, "plain-sampled")
+    trace["cases"] += run(ports, NoiseOfAnotherSeed, "top-k-top-p-largest-seed")["cases"]
+    assert "4.4" in str(checked(trace))
+
+
+def test_wrong_first_logits_after_right_queries_ask_what_a_row_sees(ports, whole):
+    """Where the plain model is right, and where no rows have been rejected yet."""
+    asks, names = "does row i see rows after it?", ("plain", "greedy-E2-d4")
+    assert asks in advice(ports, whole, VerifierSeesAllRows, *names)
+    assert asks not in advice(ports, whole, VerifierSeesAllRows, *names[1:])
+    assert not advice(ports, whole, QueriesOffByOneRow, *names)
+
+
+def test_keys_out_of_place_after_a_rejection_are_asked_for(ports, whole):
+    """With keys and values in the trace too: the next query or logits break first."""
+    for fault, rule in ((DraftKeysOneLate, "5.1.2"), (VerifierKeysOneLate, "5.2")):
+        trace = run(ports, fault, "plain", "prompt-of-1")
+        broken = checked(trace)
+        assert (broken.rule, broken.round) == (rule, 1)
+        assert "after a rejection, is each key" in str(broken) and "5.4, 3.2" in str(broken)
+        assert "see rows" not in str(broken)
 
 
 def change_round(at, **how):
@@ -764,6 +872,7 @@ def test_every_rule_that_check_names_has_a_fault_and_is_in_the_specification():
 
 def test_the_readme_lists_the_planted_faults_with_their_rules():
     text = (ROOT / "porting" / "README.md").read_text()
+    text = text.partition("## Planted faults")[2].partition("\n## ")[0]
     found = set(re.findall(r"^\| ([a-zS].*) \| ([\d.]+) \|$", text, re.MULTILINE))
     named = {(fault.__doc__, rule) for fault, _, rule, *_ in FAULTS} | set()
     named |= {(fault.__doc__, rule) for fault, rule in FILTERS.items()}
@@ -805,9 +914,21 @@ def test_empty_exit_queries_in_a_plain_case_are_none(whole):
 @pytest.mark.parametrize("name", ["plain", "greedy-E1-d1"])
 def test_float32_numbers_under_the_name_of_float64_are_refused(name):
     trace = run(numpy_decode.load_golden("float32"), Decoder, name)
-    with pytest.raises(check.Malformed, match=r"dtype is float64, .* has float32 numbers"):
+    with pytest.raises(check.Malformed, match=r"dtype is float64 .*, .* has float32 numbers"):
         check.check(trace)
     assert checked(trace | {"dtype": "float32"}) is None
+    del trace["dtype"]
+    with pytest.raises(check.Malformed, match=r"dtype is float64 \(or absent\), .* has float32"):
+        check.check(trace)
+
+
+def test_a_trace_without_a_dtype_is_held_to_the_tighter_tolerance(ports):
+    trace = run(ports, Decoder, "plain")
+    del trace["dtype"]
+    assert checked(trace) is None
+    logits = trace["cases"][0]["rounds"][0]["logits"]
+    logits[0][5] += 1.5e-5 * max(1, *map(abs, logits[0]))
+    assert checked(trace).rule == "1.3" and checked(trace | {"dtype": "float32"}) is None
 
 
 def test_a_setting_that_differs_is_named(ports):
