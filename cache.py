@@ -74,9 +74,9 @@ class KVQCache:
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
     def share(self, end: int, rows: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Keys and values (rows, n_kv_heads, end, head_dim) of each layer, the same for every row.
+        """For each layer keys and values (rows, n_kv_heads, end, head_dim), the same for every row.
 
-        Views, kept for the latest `end` of each number of rows.
+        For exact.RowAttention. Views, which are kept: what is written later shows in them.
         """
         if rows not in self._shared or self._shared[rows][0] != end:
             shape = (-1, rows, -1, -1, -1)

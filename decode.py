@@ -139,7 +139,7 @@ def draft(
         h = model.embed(torch.tensor([token], device=cache.keys.device))
         h = model.run_layers(h, 0, exit_layer, cache, position)  # (1, dim)
         cache.put_query(row, h[0])
-        if row == limit or (guesses and token in eos):
+        if row == limit or (guesses and token in eos):  # a prompt may end in an EOS
             break
         logits = model.unembed(h)[0]
         if min_confidence > 0 and logits.float().softmax(-1).max() <= min_confidence:
@@ -199,7 +199,8 @@ def generate(
     min_confidence   see draft.
     drafter       makes another drafter than layers [0, E), see extras/drafters.py:
                   drafter(model, cache, min_confidence, eos).draft(tokens, limit, pick)
-                  -> (at most `limit` guesses, E). E > 0 promises what draft leaves; 0 nothing.
+                  -> (at most `limit` guesses, E). E > 0: layers [0, E) ran, and left in the
+                  cache what draft leaves. 0: verification runs every layer.
     eos           ids that end the text; None: the model's own. () never ends it.
 
     Ends after max_new_tokens, after an EOS, or when the context is full. With a model from
@@ -231,7 +232,7 @@ def generate(
         emitted = accept(guesses, logits, len(tokens), pick, eos)
         if other and hasattr(other, "verified"):  # a drafter that learns from the rejected rows too
             other.verified(tokens, emitted, logits, pick)
-        cache.accept(len(emitted))  # the rewind: what lies beyond is dead
+        cache.accept(len(emitted))  # rows of tokens[-1] and the accepted guesses; the rest is dead
         tokens += emitted
         accepted = sum(guess == token for guess, token in zip(guesses, emitted))
         seconds = drafted - started, time.perf_counter() - drafted

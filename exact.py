@@ -4,16 +4,17 @@ Plain decoding runs one row a pass, verification several. In exact arithmetic bo
 same logits; in floating point a library may add in another order for another number of rows, and
 where two logits nearly tie, another token comes out. Equal bits need one property: a row's result
 depends neither on how many rows share its pass, nor on their content, nor on its place. Four
-things break it, and `pack` replaces each:
+things may break it. `pack` replaces the first three:
 
     matrix products      BLAS picks a kernel, and its order of summation, by the number of rows.
                          RowLinear finds by trial which numbers of rows agree, and pads up to them.
     attention            A fused kernel cuts queries and keys into blocks. RowAttention makes each
                          row a sequence of its own, over a view whose length its position decides.
-    elementwise loops    A vector loop ends in a scalar tail, which may round otherwise: exp and
-                         hypot do, and +, *, / and sqrt cannot (IEEE 754 rounds them correctly).
+    elementwise loops    A vector loop ends in a scalar tail, which may round otherwise: that of
+                         exp does; +, *, / and sqrt cannot (IEEE 754 rounds them correctly).
                          PackedNorm uses only these; row_silu gives each row a tail of its own.
-    sums over a row      A long sum may be split between threads. Rows are short enough not to be.
+    sums over a row      PyTorch splits sums of 32,768 numbers and more between threads. No row
+                         of a Llama is as long.
 
 `pack` also fuses products of the same input, q with k and v, and gate with up: these are faster.
 Everything holds for passes of up to MAX_ROWS rows. Longer ones are prefill, which plain decoding
@@ -277,7 +278,7 @@ class PackedMLP(MLP):
 
 
 def row_silu(gate: Tensor) -> Tensor:
-    """SiLU whose rows do not see each other; gate (..., T, hidden_dim) must be strided.
+    """SiLU whose rows do not see each other; gate (..., T, hidden_dim) is half of gate_up.
 
     A strided view is looped over row by row, so each row has its own tail, always at its end. From
     32,768 elements on PyTorch cuts the range between threads wherever it falls: rows go singly.

@@ -138,7 +138,7 @@ def exit_weights(t: int, layers: int, steps: int, recipe: Recipe) -> dict[int, f
     exits = exit_layers(recipe, layers)
     if recipe.curriculum == "gradual":
         active = [exit for exit in exits if exit >= layers - t * 2 * layers // steps]
-    else:
+    else:  # rotational
         period = recipe.rotation or max(len(exits), 1)
         active = [exit for place, exit in enumerate(exits) if place % period == t % period]
     weights = {exit: e(exit - 1) for exit in [*active, layers]}

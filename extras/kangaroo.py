@@ -61,7 +61,7 @@ class Kangaroo(Drafter):
 
     def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
         known, exit_layer = self.cache.length, self.adapter.exit_layer
-        if self.own.length < known:  # the prompt, which only the verifier has read
+        if self.own.length < known:  # the prompt, read by the verifier alone
             x = torch.tensor([tokens[:known]], device=self.model.device)
             for rows in self.run_layers(self.embed(x), 0, exit_layer)[0].split(PREFILL_ROWS):
                 self.adapt(rows)
@@ -139,13 +139,13 @@ def train(args: argparse.Namespace) -> None:
     model.requires_grad_(False)
     torch.manual_seed(args.seed)
     adapter = Adapter(model.config, args.exit).to(device)
-    with torch.no_grad():  # it starts as the plain exit
+    with torch.no_grad():  # at first the plain exit
         adapter.norm.weight.copy_(model.model.norm.weight)
         adapter.self_attn.o_proj.weight.zero_()
     (folder := args.out / "tokens").mkdir(parents=True, exist_ok=True)
     parts = write_tokens(read_corpus(args.data), tokenizer, folder)
     if min(map(len, parts)) <= args.seq + 1:
-        raise ValueError("the data is too short for this --seq")
+        raise ValueError("too little data for this --seq")
 
     def loss_on(part: int, step: int) -> Tensor:
         x, _ = parts[part].crops(args.batch, args.seq, args.seed, step)
