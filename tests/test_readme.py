@@ -36,8 +36,7 @@ RUN = {  # command: options that follow it here, so that it ends soon
 }
 NOT_RUN = {  # command: why
     "python decode.py --compile --compare": "compiles for a minute",
-    "python -m bench speedup --compile": "the same; test_bench.py runs it without",
-    "python -m bench peers --compile": "the same, and needs other programs",
+    "python -m bench speedup --prompts 3 --runs 3": "test_bench.py runs it on a tiny model",
     "make demo": "installs; what it shows is decode.py --compare",
     "make test": "runs this",
     "make parity": "needs transformers",
