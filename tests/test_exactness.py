@@ -327,7 +327,7 @@ def test_rotation_residual_sums_and_gates_keep_rows_apart(generator, dtype, head
 
 
 @pytest.mark.parametrize("count", THREADS)
-@settings(max_examples=settings().max_examples // 2)
+@settings(max_examples=settings().max_examples // 4)
 @given(
     generators,
     dtypes,
