@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo lint test parity mutants soak twins gpu clean
+.PHONY: demo lint test parity mutants soak gpu clean
 
 demo: .venv/ready        ## a streamed completion, and the proof that it is the full model's, faster
 	$(RUN) decode.py --compare
@@ -26,9 +26,6 @@ mutants: .venv/ready     ## plants faults in a copy of the code; each must turn 
 
 soak: .venv/ready        ## 40,000 tokens, drafted and plain, compared one by one
 	$(RUN) tests/soak.py
-
-twins: .venv/ready       ## trains a plain and a LayerSkip model alike and compares them (an hour)
-	$(RUN) docs/twins.py
 
 gpu: .venv/ready         ## the speed tables on a GPU, random weights of 1B and 8B shapes
 	$(RUN) -m bench speedup --device cuda

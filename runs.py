@@ -92,21 +92,21 @@ class Run:
         with whole_file(self.out / self.state) as file:
             save_file(tensors, file.name, {"run": json.dumps(about)})
 
-    def load_state(self, tensors: dict[str, Tensor], settings: dict) -> tuple[int, int]:
-        """Reads the state into tensors of the same names and shapes: its step, and steps in all.
+    def load_state(self, tensors: dict[str, Tensor], settings: dict) -> int:
+        """Reads the state into tensors of the same names and shapes, and returns its step.
 
-        (0, 0) where there is none. Raises ValueError where it is damaged or of other settings.
+        0 where there is none. Raises ValueError where it is damaged or of other settings.
         """
         path = self.out / self.state
         if not path.exists():
-            return 0, 0
+            return 0
         wrong = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
         try:
             found = self.about(path)
-            step, steps = found["step"], found["steps"]
+            step = found["step"]
             differs = [k for k, v in settings.items() if found["settings"].get(k) != v]
-            if type(step) is not int or type(steps) is not int or not 0 < step <= steps:
-                raise ValueError(f"its step is {step!r:.40} of {steps!r:.40}")
+            if type(step) is not int or step < 1:
+                raise ValueError(f"its step is {step!r:.40}")
         except (*wrong, SafetensorError) as error:
             raise ValueError(f"{path} is damaged ({error!s:.200}): choose another --out") from None
         if differs:
@@ -116,7 +116,7 @@ class Run:
             self.read_tensors(path, tensors)
         except (*wrong, SafetensorError) as error:
             raise ValueError(f"{path} is damaged ({error!s:.200}): choose another --out") from None
-        return step, steps
+        return step
 
     def about(self, path: Path) -> dict:
         """What save_state was told about the state at `path`."""
@@ -128,11 +128,6 @@ class Run:
         with safe_open(path, framework="pt") as file:
             for name, tensor in tensors.items():
                 tensor.copy_(file.get_tensor(name))
-
-    def saved_step(self) -> object:
-        """The step of the checkpoint, None where there is none."""
-        path = self.out / "training.json"
-        return read_json(path).get("steps") if path.exists() else None
 
     def add_metrics(self, row: dict) -> None:
         """Appends a row to metrics.jsonl."""

@@ -3,7 +3,7 @@
     x_{l+1} = x_l + M(p(l, t)) f_l(x_l)     layer dropout      layer_dropout, run_with_dropout
     J = sum_l ẽ(t, l) CE(g(x_{l+1}), Y)     early-exit loss    exit_weights, early_exit_loss
 
-    python train.py --out runs/mine --minutes 30                      on the standard library's text
+    python train.py --out runs/mine --steps 500                       on the standard library's text
     python train.py --out runs/mine --recipe lite --data notes.txt
     python train.py --out runs/mine --init DIR --data pairs.jsonl --phase finetune
     torchrun --nproc-per-node 8 train.py --out runs/mine              sharded, see extras/sharded.py
@@ -62,7 +62,6 @@ class Recipe:
     rotation: int = setting(0, "R: every exit's turn comes each R steps; 0: one exit a step")
     e_scale: float = setting(1.0, "weight of the early exits against the last")
     uniform_exits: bool = setting(False, "e(l) = e_scale for each early exit, and 1 for the last")
-    distill: float = setting(0.0, "last share of steps, in which exits learn from the last layer")
 
 
 LAYERSKIP = {  # section 5: 24 layers from scratch, Llama 2 7B continued, Llama 1 7B tuned on code
@@ -212,7 +211,6 @@ class Objective(nn.Module):
         runs: np.ndarray,
         keep: list[float],
         weights: dict[int, float],
-        distill: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """J (), summed over the targets of tokens (B, T), and each exit's summed loss, (exits,).
 
@@ -235,36 +233,28 @@ class Objective(nn.Module):
             h = run_with_dropout(partial(run_layer, layer), h, cos, sin, samples, keep[l], always)
             if l + 1 in weights:
                 hidden[l + 1] = h.flatten(0, 1)
-        return self.early_exit_loss(hidden, targets.flatten(), weights, distill)
+        return self.early_exit_loss(hidden, targets.flatten(), weights)
 
     def early_exit_loss(
-        self, hidden: dict[int, Tensor], targets: Tensor, weights: dict[int, float], distill: bool
+        self, hidden: dict[int, Tensor], targets: Tensor, weights: dict[int, float]
     ) -> tuple[Tensor, Tensor]:
         """J = sum_l ẽ(t, l) CE(g(x_{l+1}), Y), from x_{l+1} (R, dim) of each exit; targets (R,).
 
         An exit's logits are made again for the backward pass, some rows at a time: otherwise the
-        logits of all exits would be kept. distill: early exits learn the last layer's distribution.
+        logits of all exits would be kept.
         """
-        rows = max(1, LOGITS // self.llama.config.vocab_size)
-        last = hidden[max(hidden)].detach().split(rows)
-        sums = []
-        for exit, h in hidden.items():
-            teachers: Any = last if distill and exit < max(hidden) else [None] * len(last)
-            parts = zip(h.split(rows), targets.split(rows), teachers)
-            recomputed = (checkpoint(self.exit_loss, *x, use_reentrant=False) for x in parts)
-            sums.append(sum(recomputed, torch.zeros((), device=h.device)))
+        rows, sums = max(1, LOGITS // self.llama.config.vocab_size), []
+        for h in hidden.values():
+            parts = zip(h.split(rows), targets.split(rows))
+            losses = [checkpoint(self.exit_loss, *part, use_reentrant=False) for part in parts]
+            sums.append(torch.stack(losses).sum())
         shares = torch.tensor([weights[exit] for exit in hidden], device=targets.device)
         return (torch.stack(sums) * shares).sum(), torch.stack(sums).detach()
 
-    def exit_loss(self, h: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
-        """Summed CE () of g(h), h (R, dim), against targets (R,) or softmax(g(teacher)) (R, V)."""
+    def exit_loss(self, h: Tensor, targets: Tensor) -> Tensor:
+        """Summed CE () of g(h), h (R, dim), against targets (R,)."""
         logits = self.llama.unembed(h).float()
-        if teacher is None:
-            return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-        with torch.no_grad():
-            probability = self.llama.unembed(teacher).float().softmax(-1)
-        loss = -(probability * logits.log_softmax(-1)).sum(-1)
-        return (loss * (targets != IGNORED)).sum()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
 
 @torch.no_grad()
@@ -308,16 +298,7 @@ def learning_rate(t: int, steps: int, warmup: int) -> float:
 # --------------------------------------
 # The loop
 
-ENDLESS = 10**9  # steps, until --minutes has become a number of steps
-FREE = {  # options that may differ when a run goes on
-    "out",
-    "save_every",
-    "compile",
-    "minutes",
-    "steps",
-    "accumulate",
-    "recompute",
-}
+FREE = ("out", "save_every", "compile", "accumulate", "recompute")  # may differ on going on
 
 
 class Trainer:
@@ -362,16 +343,10 @@ class Trainer:
         for p in self.parameters.values():
             groups[0 if p.dim() == 2 else 1]["params"].append(p)
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-        self.step, self.steps = run.load_state(self.tensors(), self.settings())
-        if self.step and args.minutes is None and self.steps != args.steps:
-            raise ValueError(f"{run.out} holds a run of {self.steps} steps: choose another --out")
+        self.step = run.load_state(self.tensors(), self.settings())
         if self.step:
-            log(f"going on from step {self.step} of {self.steps}")
-        else:
-            self.steps = ENDLESS if args.minutes else args.steps
+            log(f"going on from step {self.step} of {args.steps}")
         run.take_back_metrics(self.step)
-        if self.step and run.saved_step() != self.step:
-            self.save()  # killed after the state was saved and before the checkpoint was
 
     def settings(self) -> dict:
         """What the weights depend on; a run that goes on must agree with it."""
@@ -394,10 +369,11 @@ class Trainer:
         return found
 
     def save(self) -> None:
-        """Writes the state, then the checkpoint in bfloat16 with what tells how it was made."""
+        """Writes the checkpoint in bfloat16, with what tells how it was made, then the state.
+
+        In this order a run that is killed between the two goes on from the state before.
+        """
         run, args = self.run, self.args
-        about = {"step": self.step, "steps": self.steps, "settings": self.settings()}
-        run.save_state(self.tensors(), about)
         weights = run.whole_weights(self.objective)
         if run.rank == 0:
             stored = Llama(self.config).to(torch.bfloat16)
@@ -418,7 +394,7 @@ class Trainer:
             }
             run.write_json("training.json", record)
             run.add_metrics({"step": self.step, "held_out": found})
-        run.wait()
+        run.save_state(self.tensors(), {"step": self.step, "settings": self.settings()})
 
     def train_step(self) -> tuple[dict[int, float], float]:
         """One optimiser step: the mean loss of each exit that it trained, and the gradient's norm.
@@ -430,16 +406,15 @@ class Trainer:
         crops = self.tokens.crops(args.batch, args.seq, args.seed, t)
         tokens, targets = (x.to(self.device) for x in crops)
         counted = max(int((targets != IGNORED).sum()), 1)
-        weights = exit_weights(t, layers, self.steps, self.recipe)
-        drop = [layer_dropout(l, t, layers, self.steps, self.recipe) for l in range(layers)]
+        weights = exit_weights(t, layers, args.steps, self.recipe)
+        drop = [layer_dropout(l, t, layers, args.steps, self.recipe) for l in range(layers)]
         kept = draw_kept(args.seed, t, drop, args.batch, self.recipe.dropout_unit)
         keep = [1 - p if self.recipe.rescale else 1.0 for p in drop]
-        distill = t >= self.steps * (1 - self.recipe.distill)
         sums = torch.zeros(len(weights), device=self.device)
         pieces = np.arange(args.batch).reshape(self.run.world, args.accumulate, -1)
         for number, own in enumerate(pieces[self.run.rank]):
             runs = kept[:, pieces[:, number].flatten()].any(1)
-            batch = tokens[own], targets[own], kept[:, own], runs, keep, weights, distill
+            batch = tokens[own], targets[own], kept[:, own], runs, keep, weights
             with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
                 total, losses = self.objective(*batch)
             (total * (self.run.world / counted)).backward()  # sharding takes the mean
@@ -450,7 +425,7 @@ class Trainer:
         if not math.isfinite(norm) or not sums.isfinite().all():
             raise ValueError(f"the loss is not finite at step {t + 1}: try a lower --lr")
         for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * learning_rate(t, self.steps, args.warmup)
+            group["lr"] = args.lr * learning_rate(t, args.steps, args.warmup)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -467,13 +442,13 @@ class Trainer:
         self.objective.exit_loss = torch.compile(self.objective.exit_loss)  # type: ignore
         if self.recipe.p_max and self.recipe.dropout_unit == "sample":
             self.objective.mark = lambda x: torch._dynamo.maybe_mark_dynamic(x, 0)
-        layers, batch = self.config.n_layers, self.args.batch // self.run.world
-        batch //= self.args.accumulate
+        layers = self.config.n_layers
+        batch = self.args.batch // self.run.world // self.args.accumulate
         tokens = torch.zeros(batch, self.args.seq, dtype=torch.long, device=self.device)
         kept, weights = np.ones((layers, batch), bool), {1: 0.5, layers: 0.5}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-            inputs = tokens, tokens, kept, kept.any(1), [1.0] * layers, weights
-            self.objective(*inputs, self.recipe.distill > 0)[0].backward()
+            loss, _ = self.objective(tokens, tokens, kept, kept.any(1), [1.0] * layers, weights)
+        loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def train(self) -> None:
@@ -487,27 +462,25 @@ class Trainer:
         signal.signal(signal.SIGINT, ask_to_stop)
         count = sum(p.numel() for p in self.parameters.values())
         log(f"{count / 1e6:.1f}M parameters, {len(self.tokens) / 1e6:.2f}M training tokens")
-        if args.compile and self.step < self.steps:
+        if args.compile and self.step < args.steps:
             self.compile()
         begun, started, shown, stopped = self.step, time.time(), dict[int, float](), False
-        while self.step < self.steps and not stopped:
+        while self.step < args.steps and not stopped:
             losses, norm = self.train_step()
-            done = self.step - begun
-            if self.steps >= ENDLESS and done == 20:
-                per_step = (time.time() - started) / done
-                self.steps = self.run.agree(self.step + 1 + int(args.minutes * 60 / per_step))
             for exit, loss in losses.items():
                 shown[exit] = 0.95 * shown.get(exit, loss) + 0.05 * loss
-            rate = done * args.batch * args.seq / (time.time() - started)
+            per_step = (time.time() - started) / (self.step - begun)
+            rate = args.batch * args.seq / per_step
             row = {"step": self.step, "losses": losses, "norm": norm, "tokens_per_second": rate}
             self.run.add_metrics(row)
-            if sys.stderr.isatty() or self.step % 50 == 0 or self.step == self.steps:
-                bar = f"{'#' * (20 * self.step // self.steps):20} {self.step}"
+            if sys.stderr.isatty() or self.step % 50 == 0 or self.step == args.steps:
+                bar = f"{'#' * (20 * self.step // args.steps):20} {self.step}/{args.steps}"
+                left = f"{(args.steps - self.step) * per_step / 60:.0f} minutes left"
                 text = " ".join(f"{e}:{shown[e]:.2f}" for e in sorted(shown))
                 end = "" if sys.stderr.isatty() else "\n"
-                log(f"\r{bar}/{self.steps}  {rate:,.0f} tokens/s  loss {text}", end)
+                log(f"\r{bar}  {rate:,.0f} tokens/s, {left}  loss {text}", end)
             stopped = self.run.agree(len(stop)) > 0
-            if self.step % args.save_every == 0 or self.step == self.steps or stopped:
+            if self.step % args.save_every == 0 or self.step == args.steps or stopped:
                 self.save()
         if stopped:
             log(f"\nstopped at step {self.step}; the same command goes on from there")
@@ -555,7 +528,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         base = LAYERSKIP[args.phase or ("continual" if args.init else "scratch")]
     given = {name: getattr(args, name) for name in asdict(base)}
     recipe = replace(base, **{name: value for name, value in given.items() if value is not None})
-    for name, most in (("p_max", 0.999), ("rotation", 10**6), ("e_scale", 1e6), ("distill", 1)):
+    for name, most in (("p_max", 0.999), ("rotation", 10**6), ("e_scale", 1e6)):
         if not 0 <= getattr(recipe, name) <= most:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} must be from 0 to {most}, not {getattr(recipe, name)}")
@@ -580,7 +553,6 @@ def parser() -> argparse.ArgumentParser:
     text = "stdlib, packages, directories, .txt, or .jsonl with prompt and completion"
     add("--data", nargs="+", default=["stdlib"], metavar="SRC", help=text)
     add("--init", metavar="DIR", help="start from this checkpoint, with its shape and tokenizer")
-    add("--minutes", type=float, metavar="M", help="training time instead of --steps, about")
     for name, (default, _, text) in NUMBERS.items():
         kind = type(default)
         add(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} ({default})")
@@ -608,8 +580,6 @@ def main() -> None:
             value = getattr(args, name.replace("-", "_"))
             if not least <= value < 2**63:
                 raise ValueError(f"--{name} must be at least {least}, not {value}")
-        if args.minutes is not None and not 0 < args.minutes < 1e6:
-            raise ValueError(f"--minutes must be positive, not {args.minutes}")
         run = Run(args.out, args.init)
         if "RANK" in os.environ:
             from extras.sharded import ShardedRun

@@ -91,7 +91,7 @@ class ShardedRun(Run):
             shutil.rmtree(old, ignore_errors=True)
         self.wait()
 
-    def load_state(self, tensors: dict[str, Tensor], settings: dict) -> tuple[int, int]:
+    def load_state(self, tensors: dict[str, Tensor], settings: dict) -> int:
         place, old = self.out / self.state, self.out / "state-shards.old"
         if self.rank == 0 and old.exists() and not place.exists():
             os.rename(old, place)  # killed between the two renames of save_state

@@ -113,12 +113,6 @@ def test_pages_state_what_is_and_keep_no_diary(page):
     assert re.findall(diary, read(page), re.I) == []
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "docs").glob("*.py")), ids=lambda file: file.name)
-def test_lines_of_the_scripts_in_docs_have_at_most_100_columns(file):
-    lines = file.read_text(encoding="utf-8").split("\n")
-    assert [line for line in lines if len(line) > 100] == []
-
-
 # --------------------------------------------------------------------------------------------------
 # Docstrings
 

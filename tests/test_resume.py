@@ -202,16 +202,6 @@ def test_a_compiled_run_that_is_stopped_ends_with_the_same_bits(whole, tmp_path)
     same_bits(one, other)
 
 
-def test_a_run_that_was_killed_before_its_last_checkpoint_writes_it(whole, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(whole[0], run)
-    for name in ("model.safetensors", "training.json"):
-        (run / name).unlink()
-    finish(start(run, whole[1]))
-    assert json.loads((run / "training.json").read_text())["steps"] == STEPS
-    same_bits(run, whole[0])
-
-
 def test_a_state_that_is_cut_off_is_one_line(whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
