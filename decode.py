@@ -58,7 +58,7 @@ Pick = Callable[[Tensor, int], int]  # (logits (vocab,), position) -> token
 class Sampling:
     """How a token is chosen from logits. temperature 0 is greedy; top_k 0 and top_p 1 keep all.
 
-    Raises ValueError, one line, on a number out of its range.
+    Raises TypeError or ValueError, one line, on what is no such number or out of its range.
     """
 
     temperature: float = 0.0
@@ -67,14 +67,18 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        for good, name, text in (
-            (0 <= self.temperature < math.inf, "temperature", "0 (greedy) or positive"),
-            (self.top_k >= 0, "top_k", "0 (off) or positive"),
-            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
-            (0 <= self.seed < 2**64, "seed", "from 0 to 2^64 - 1"),
+        for name, low, high, text in (
+            ("temperature", 1e-6, 1e9, "0 (greedy) or from 1e-6 to 1e9"),
+            ("top_k", 0, 2**63, "0 (off) or positive"),
+            ("top_p", 1e-9, 1, "above 0 and at most 1"),
+            ("seed", 0, 2**64 - 1, "from 0 to 2^64 - 1"),
         ):
-            if not good:
-                raise ValueError(f"{name} must be {text}, not {getattr(self, name)}")
+            value = getattr(self, name)
+            kinds = int if isinstance(low, int) else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise TypeError(f"{name} must be a number {text}, not {value!r:.40}")
+            if not low <= value <= high and (name, value) != ("temperature", 0):
+                raise ValueError(f"{name} must be {text}, not {value}")
 
 
 @lru_cache(maxsize=2 * MAX_ROWS)
@@ -208,11 +212,13 @@ def generate(
     tie. Raises ValueError or TypeError, at the first round, on what cannot run.
     """
     c = model.config
-    drafts = exit_layer != 0 or drafter is not None
-    check_request(c, prompt_ids, exit_layer, draft_len if drafts else 1, max_new_tokens)
-    if not 0 <= min_confidence < 1:
-        raise ValueError(f"the confidence must be from 0 (off) to below 1, not {min_confidence}")
+    check_request(c, prompt_ids, exit_layer, draft_len, max_new_tokens)
+    if not isinstance(min_confidence, (int, float)) or not 0 <= min_confidence < 1:
+        raise ValueError(f"the confidence must be from 0 to below 1, not {min_confidence!r:.40}")
     tokens, eos = list(prompt_ids), c.eos if eos is None else eos
+    if not isinstance(eos, (tuple, list, set)) or not isinstance(sampling, Sampling):
+        raise TypeError("eos must be a tuple of tokens, sampling a Sampling")
+    drafts = exit_layer != 0 or drafter is not None
     end = min(len(tokens) + max_new_tokens, c.max_len)
     cache = new_cache(c, end, draft_len if drafts else 0, model.dtype, model.device)
     pick = partial(next_token, sampling=sampling)
@@ -360,6 +366,8 @@ def decode(args: argparse.Namespace) -> None:
     if args.no_verify:
         from extras.early_exit import keep_layers
 
+        if args.drafter:
+            raise ValueError("--no-verify is the early exit alone: leave out --drafter")
         model = keep_layers(model, range(settings["exit_layer"]))
     if args.no_verify or args.full:
         settings |= dict(exit_layer=0, drafter=None)

@@ -115,8 +115,14 @@ def test_emitted_are_the_verifiers_tokens_up_to_the_first_that_was_not_foreseen(
         ("top_p", math.nan),
         ("seed", -1),
         ("seed", 1 << 64),
+        ("temperature", 5e-324),
+        ("temperature", True),
+        ("temperature", "1"),
+        ("top_k", 2.5),
+        ("top_k", True),
+        ("seed", 1.5),
     ],
 )
 def test_impossible_sampling_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises((TypeError, ValueError), match=name):
         Sampling(**{name: value})
