@@ -1,12 +1,9 @@
 """Other drafters than the model's own first layers. Whoever drafts, the text is the full model's.
 
-A drafter has one or two methods, which generate calls:
+decode.generate calls these methods, and says what E is:
 
-    draft(tokens, limit, pick) -> (guesses, E)      at most `limit` guesses of what follows tokens
-    verified(tokens, emitted, logits, pick)         after each verification
-
-E > 0 says: layers [0, E) ran on tokens[-1] and on every guess, and left keys, values and exit
-queries in the cache. E = 0: the verifier runs every layer.
+    draft(tokens, limit, pick) -> (guesses, E)    at most `limit` guesses
+    verified(tokens, emitted, logits, pick)       if there: after each verification
 """
 
 import re
@@ -21,9 +18,9 @@ import decode
 from cache import KVQCache
 from decode import Pick, new_cache
 from exact import MAX_ROWS, pack
-from model import Llama, causal_attention, load_checkpoint, prefill
+from model import Llama, load_checkpoint, prefill
 
-run_draft: Callable[..., list[int]] = decode.draft  # also takes what is only like a model
+run_draft: Callable[..., list[int]] = decode.draft  # also for what is like a model
 
 
 class Drafter:
@@ -61,36 +58,29 @@ class TwoModels(Drafter):
 class SkipLayers(Drafter):
     """The model without some of its attention and MLP sublayers (Draft & Verify, arXiv 2309.08168).
 
-    The verifier writes over the keys and values that its draft leaves in the cache. Raises
-    ValueError for a layer that the model does not have.
+    The verifier writes over what the draft leaves in the cache. Raises ValueError for a layer that
+    the model does not have.
     """
 
     def __init__(self, *context: Any, attention: Collection[int] = (), mlp: Collection[int] = ()):
         super().__init__(*context)
         self.attention, self.mlp, self.layers = attention, mlp, self.model.config.n_layers
-        self.embed, self.unembed, self.end = self.model.embed, self.model.unembed, -1
+        self.embed, self.unembed = self.model.embed, self.model.unembed
         for l in (*attention, *mlp):
             if not 0 <= l < self.layers:
                 raise ValueError(f"a layer to skip must be from 0 to {self.layers - 1}, not {l}")
 
     def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
-        self.end = self.cache.length + limit  # of a last guess, whose row nobody reads
         return run_draft(self, self.cache, tokens[-1], limit, pick, self.layers, *self.stop), 0
 
-    def run_layers(
-        self, h: Tensor, first: int, last: int, cache: KVQCache | None = None, start: int = 0
-    ) -> Tensor:
-        """Llama.run_layers without what is skipped."""
-        if cache and start == self.end:
-            return h
-        cos, sin = self.model.rotary(start, h.shape[-2])
-        attend: Any = lambda layer, *qkv: causal_attention(*qkv)
-        if cache:
-            attend = self.model.row_attention(cache, start, len(h))
+    def run_layers(self, h: Tensor, first: int, last: int, cache: KVQCache, start: int) -> Tensor:
+        """Llama.run_layers over a cache, without what is skipped."""
+        rotary = self.model.rotary(start, len(h))
+        attend = self.model.row_attention(cache, start, len(h))
         for l in range(first, last):
             layer = self.model.model.layers[l]
             if l not in self.attention:
-                h = h + layer.self_attn(layer.input_layernorm(h), cos, sin, partial(attend, l))
+                h = h + layer.self_attn(layer.input_layernorm(h), *rotary, partial(attend, l))
             if l not in self.mlp:
                 h = h + layer.mlp(layer.post_attention_layernorm(h))
         return h
@@ -98,16 +88,16 @@ class SkipLayers(Drafter):
 
 @torch.inference_mode()
 def search_skips(
-    model: Llama, tokens: Tensor, tries: int, seed: int = 0, on_try: Callable | None = None
+    model: Llama, tokens: Tensor, tries: int, on_try: Callable | None = None
 ) -> tuple[set[int], set[int], float]:
     """SkipLayers' attention and mlp, found on tokens (B, T), and the agreement p that they leave.
 
-    Random search: flip one to three sublayers of the best set so far, and keep what promises more
-    tokens per full pass. If a drafted token costs the share c of a pass, d of them promise
-    1 + p + ... + p^d tokens for d c + 1 passes, at the best d.
+    Random search: flip one sublayer of the best set so far, and keep what promises more tokens per
+    full pass. If a drafted token costs the share c of a pass, d of them promise 1 + p + ... + p^d
+    tokens for d c + 1 passes, at the best d. on_try is told each try's number.
     """
-    layers, random = model.config.n_layers, torch.Generator().manual_seed(seed)
-    cache = new_cache(model.config, 1, 1, model.dtype, model.device)
+    layers, random = model.config.n_layers, torch.Generator().manual_seed(0)
+    cache = new_cache(model.config, tokens.shape[1], 0, model.dtype, model.device)
     full = model(tokens).argmax(-1)
 
     def split(skipped: set[int]) -> tuple[set[int], set[int]]:
@@ -116,22 +106,21 @@ def search_skips(
     def value(skipped: set[int]) -> tuple[float, float]:
         attention, mlp = split(skipped)
         thin = SkipLayers(model, cache, attention=attention, mlp=mlp)
-        h = thin.run_layers(model.embed(tokens), 0, layers)
-        p = (model.unembed(h).argmax(-1) == full).float().mean().item()
-        c = 1 - len(skipped) / (2 * layers)
+        texts = [thin.run_layers(text, 0, layers, cache, 0) for text in model.embed(tokens)]
+        said = model.unembed(torch.stack(texts)).argmax(-1)
+        p, c = (said == full).float().mean().item(), 1 - len(skipped) / (2 * layers)
         return max(sum(p**k for k in range(d + 1)) / (d * c + 1) for d in range(1, MAX_ROWS)), p
 
     best: set[int] = set()
-    most, agreement = value(best)
+    most = value(best)
     for number in range(tries):
-        count = int(torch.randint(1, 4, (), generator=random))
-        trial = best ^ set(torch.randint(2 * layers, (count,), generator=random).tolist())
-        found, p = value(trial)
+        trial = best ^ {int(torch.randint(2 * layers, (), generator=random))}
+        found = value(trial)
         if found > most:
-            best, most, agreement = trial, found, p
+            best, most = trial, found
         if on_try:
-            on_try(number + 1, best, most, agreement)
-    return *split(best), agreement
+            on_try(number + 1)
+    return *split(best), most[1]
 
 
 class PromptLookup(Drafter):
@@ -160,15 +149,13 @@ class Jacobi(Drafter):
 
 
 def parse_drafter(text: str, model: Llama) -> dict:
-    """generate's settings for lookup, jacobi, model:DIR, kangaroo:DIR or skip:attn:3,4,mlp:7.
+    """generate's settings for --drafter: drafter, exit_layer, and Kangaroo's two others.
 
-    They are drafter and exit_layer, 0 but for Kangaroo, and its paper's draft_len and
-    min_confidence. Raises ValueError, one line, for another text and for what does not fit the
-    model.
+    Raises ValueError, one line, for another text, and for a drafter that does not fit the model.
     """
-    from extras.kangaroo import ETA, Kangaroo, load_adapter  # which imports Drafter
+    from extras.kangaroo import Kangaroo, load_adapter  # which imports Drafter
 
-    kind, _, rest = text.partition(":")
+    (kind, _, rest), part = text.partition(":"), "(attn|mlp):([0-9]+(?:,[0-9]+)*)"
     drafter: Callable[..., Drafter]
     settings: dict = dict(exit_layer=0)
     if text in ("lookup", "jacobi"):
@@ -178,11 +165,11 @@ def parse_drafter(text: str, model: Llama) -> dict:
     elif kind == "kangaroo" and rest:
         adapter = load_adapter(rest, model)
         drafter = partial(Kangaroo, adapter=adapter)
-        settings = dict(exit_layer=adapter.exit_layer, draft_len=6, min_confidence=ETA)
-    elif kind == "skip" and re.fullmatch("(attn|mlp):[0-9]+(,((attn|mlp):)?[0-9]+)*", rest):
+        settings = dict(exit_layer=adapter.exit_layer, draft_len=6, min_confidence=0.6)
+    elif kind == "skip" and re.fullmatch(f"{part}(,{part})*", rest):
         skipped: dict[str, set[int]] = dict(attn=set(), mlp=set())
-        for name, numbers in re.findall("(attn|mlp):([0-9,]+)", rest):
-            skipped[name] |= {int(l) for l in numbers.strip(",").split(",")}
+        for name, layers in re.findall(part, rest):
+            skipped[name] |= set(map(int, layers.split(",")))
         drafter = partial(SkipLayers, attention=skipped["attn"], mlp=skipped["mlp"])
     else:
         possible = "lookup, jacobi, model:DIR, kangaroo:DIR or skip:attn:3,4,mlp:7"

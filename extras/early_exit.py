@@ -1,7 +1,9 @@
 """Fewer layers per token, without verification: the text is not the full model's.
 
-    python -m extras.early_exit --confidence 0.9 --exit 6            LITE (arXiv 2310.18581)
-    python -m extras.early_exit --confidence 1 --keep-layers 0::2    LayerDrop (arXiv 1909.11556)
+LITE (arXiv 2310.18581) leaves at an exit, LayerDrop (arXiv 1909.11556) drops layers.
+
+    python -m extras.early_exit --confidence 0.9 --exit 6
+    python -m extras.early_exit --confidence 1 --keep-every 2
 """
 
 import sys
@@ -13,7 +15,6 @@ from torch import nn
 
 from command import BLUE, GREEN, Show, command_errors
 from decode import check_request, new_cache, next_token
-from exact import pack
 from extras.trace import parser, start
 from model import Llama, prefill
 
@@ -21,15 +22,12 @@ from model import Llama, prefill
 def keep_layers(model: Llama, layers: Iterable[int]) -> Llama:
     """A Llama of these layers alone: LayerDrop's pruning at inference (section 3.2).
 
-    The modules are the model's own: packing one of the two packs layers of both. Raises ValueError
-    unless the layers rise and exist.
+    The modules are the model's own: packing one of the two packs layers of both.
     """
-    kept, last = list(layers), model.config.n_layers - 1
-    if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] <= last:
-        raise ValueError(f"the layers to keep must rise from 0 to at most {last}, not {kept}")
+    kept = nn.ModuleList(model.model.layers[l] for l in layers)
     with torch.device("meta"):
         thin = Llama(replace(model.config, n_layers=len(kept)))
-    thin.model.layers = nn.ModuleList(model.model.layers[l] for l in kept)
+    thin.model.layers = kept
     thin.model.embed_tokens, thin.model.norm = model.model.embed_tokens, model.model.norm
     del thin.lm_head  # a packed head is no module, and could not replace one
     thin.lm_head, thin.row_attention = model.lm_head, model.row_attention
@@ -73,26 +71,20 @@ def generate_confident(
             return
 
 
-def layers(text: str) -> slice:
-    """'0::2' -> slice(0, None, 2)."""
-    return slice(*(int(n) if n else None for n in text.split(":")))
-
-
 def main() -> None:
     p = parser("early_exit", "A token leaves at the first exit that is sure of it.", 128)
     add = p.add_argument
     add("--confidence", type=float, default=0.9, metavar="C", help="what is sure; %(default)s")
     add("--exit", type=int, dest="exit_layer", metavar="E", help="the first exit")
-    add("--keep-layers", type=layers, metavar="A:B:C", help="drop the others; 0::2, every other")
+    add("--keep-every", type=int, default=1, metavar="N", help="drop all layers but every Nth")
     args = p.parse_args()
     with command_errors(p.prog):
+        if args.keep_every < 1:
+            raise ValueError(f"--keep-every must be 1 or more, not {args.keep_every}")
         model, tokenizer, ids, settings = start(args)
-        if args.keep_layers:
-            model = keep_layers(model, range(model.config.n_layers)[args.keep_layers])
+        model = keep_layers(model, range(0, model.config.n_layers, args.keep_every))
         last, depths, show = model.config.n_layers, [], Show(tokenizer, ids, args.prompt)
-        if args.exit_layer is None:
-            settings["exit_layer"] = min(settings["exit_layer"], last - 1)
-        for token, depth in generate_confident(pack(model), ids, args.confidence, settings):
+        for token, depth in generate_confident(model, ids, args.confidence, settings):
             show.put(show.stream.feed([token]), GREEN if depth < last else BLUE)
             depths.append(depth)
         show.finish()

@@ -9,6 +9,7 @@ This is for a *plain* checkpoint, in place of LayerSkip training.
 import argparse
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from cache import KVQCache
 from checkpoint import CheckpointError, whole_file
 from command import DEFAULT_CKPT, command_errors, load
 from data import read_corpus, write_tokens
-from decode import Pick
+from decode import Pick, new_cache
 from exact import auto_dtype
 from extras.drafters import Drafter, run_draft
 from model import PREFILL_ROWS, Attend, Attention, Config, Llama, RMSNorm, causal_attention
-
-ETA = 0.6  # drafting stops at or below this confidence (section 3.2)
 
 
 class Adapter(nn.Module):
@@ -54,10 +52,9 @@ class Kangaroo(Drafter):
 
     def __init__(self, *context: Any, adapter: Adapter):
         super().__init__(*context)
-        model, c = self.model, self.model.config
+        model, one_layer = self.model, replace(self.model.config, n_layers=1)
         self.adapter, self.embed, self.run_layers = adapter, model.embed, model.run_layers
-        shape = 1, c.n_kv_heads, c.head_dim, c.dim, self.cache.max_len, 0
-        self.own = KVQCache(*shape, model.dtype, model.device)
+        self.own = new_cache(one_layer, self.cache.max_len, 0, model.dtype, model.device)
 
     def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
         known, exit_layer = self.cache.length, self.adapter.exit_layer
@@ -67,7 +64,7 @@ class Kangaroo(Drafter):
                 self.adapt(rows)
         self.own.rewind(known)
         guesses = run_draft(self, self.cache, tokens[-1], limit, pick, exit_layer, *self.stop)
-        # Nobody reads the last guess's logits, but later rounds its keys and values.
+        # The last guess needs no logits, but later rounds need its keys and values.
         unread = self.cache.queries[self.own.length - known : len(guesses) + 1]
         if len(unread):
             self.adapt(unread)
@@ -101,83 +98,81 @@ def train_step(model: Llama, adapter: Adapter, tokens: Tensor) -> Tensor:
 def save_adapter(adapter: Adapter, path: Path, about: dict) -> None:
     """Writes adapter.safetensors. `about` is in its header, as strings."""
     path.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.detach().bfloat16().contiguous() for name, p in adapter.named_parameters()}
-    about = {**about, "exit_layer": adapter.exit_layer}
+    weights = {name: p.bfloat16() for name, p in adapter.state_dict().items()}
+    header = {key: str(x) for key, x in {**about, "exit_layer": adapter.exit_layer}.items()}
     with whole_file(path / "adapter.safetensors") as file:
-        file.write(save(weights, {key: str(value) for key, value in about.items()}))
+        file.write(save(weights, header))
 
 
 def load_adapter(path: str | Path, model: Llama) -> Adapter:
     """The adapter of a directory, in the model's type, on its device.
 
-    Raises CheckpointError, one line, where there is none that fits the model.
+    Raises CheckpointError, one line, where none fits the model.
     """
     file, last = Path(path) / "adapter.safetensors", model.config.n_layers - 1
     try:
         with safe_open(file, framework="pt") as stored:
-            exit_layer = int((stored.metadata() or {}).get("exit_layer", "0"))
+            exit_layer = int((stored.metadata() or {}).get("exit_layer", 0))
             weights = {name: stored.get_tensor(name) for name in stored.keys()}
         if not 1 <= exit_layer <= last:
             raise ValueError(f"its exit layer must be from 1 to {last}, not {exit_layer}")
-        with torch.device("meta"):
-            adapter = Adapter(model.config, exit_layer)
-        adapter.load_state_dict(weights, assign=True)
-        if not all(p.isfinite().all() for p in adapter.parameters()):
-            raise ValueError("it holds NaN or infinite values")
+        adapter = Adapter(model.config, exit_layer)
+        adapter.load_state_dict(weights)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file} is no adapter for this model: {error}") from None
-    return adapter.to(model.device, model.dtype).eval()
+    return adapter.to(model.device, model.dtype)
 
 
 def train(args: argparse.Namespace) -> None:
     """Trains an adapter and saves it. Raises ValueError on what cannot be trained."""
     model, tokenizer = load(args.ckpt, "float32")
-    device, fast = model.device, auto_dtype(model.device) == torch.bfloat16
     last, least = model.config.n_layers - 1, min(args.exit, args.steps, args.batch, args.seq)
     if least < 1 or args.exit > last or not 0 < args.lr < 1:
         raise ValueError(f"all must be above 0, --exit at most {last}, --lr below 1")
-    model.requires_grad_(False)
-    torch.manual_seed(args.seed)
-    adapter = Adapter(model.config, args.exit).to(device)
-    with torch.no_grad():  # at first the plain exit
-        adapter.norm.weight.copy_(model.model.norm.weight)
-        adapter.self_attn.o_proj.weight.zero_()
     (folder := args.out / "tokens").mkdir(parents=True, exist_ok=True)
     parts = write_tokens(read_corpus(args.data), tokenizer, folder)
     if min(map(len, parts)) <= args.seq + 1:
         raise ValueError("too little data for this --seq")
+    device, fast = model.device, auto_dtype(model.device) == torch.bfloat16
+    torch.manual_seed(0)
+    model.requires_grad_(False)
+    adapter = Adapter(model.config, args.exit).to(device)
+    with torch.no_grad():  # at first the plain exit
+        adapter.norm.weight.copy_(model.model.norm.weight)
+        adapter.self_attn.o_proj.weight.zero_()
 
     def loss_on(part: int, step: int) -> Tensor:
-        x, _ = parts[part].crops(args.batch, args.seq, args.seed, step)
+        x, _ = parts[part].crops(args.batch, args.seq, 0, step)
         with torch.autocast(device.type, torch.bfloat16, enabled=fast):
             return train_step(model, adapter, x.to(device))
 
     optimizer = torch.optim.AdamW(adapter.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    for step in range(1, args.steps + 1):  # 50 steps up to --lr, then a cosine down to a tenth
+    for step in range(1, args.steps + 1):  # 50 steps up to --lr, then a cosine to a tenth
         share = min(1, step / 50) * (0.55 + 0.45 * math.cos(math.pi * step / args.steps))
         optimizer.param_groups[0]["lr"] = args.lr * share
         loss = loss_on(0, step)
         loss.backward()
-        if not nn.utils.clip_grad_norm_(adapter.parameters(), 1.0).isfinite():
-            raise ValueError(f"the loss is not finite at step {step}: lower --lr")
+        nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0:
             print(f"step {step} of {args.steps}, loss {loss:.3f}", file=sys.stderr)
     with torch.no_grad():
         found = sum(loss_on(1, step).item() for step in range(8)) / 8
+    if not math.isfinite(found):
+        raise ValueError("the loss is not finite: lower --lr")
     save_adapter(adapter, args.out, vars(args) | dict(held_out_loss=found))
     print(f"held-out loss {found:.3f}; the adapter is in {args.out}", file=sys.stderr)
 
 
 def main() -> None:
     p = argparse.ArgumentParser(prog="python -m extras.kangaroo", description="Train an adapter.")
-    p.add_argument("--ckpt", type=Path, default=DEFAULT_CKPT, metavar="DIR", help="the model")
-    p.add_argument("--exit", type=int, default=2, metavar="E", help="layers below it; %(default)s")
-    p.add_argument("--out", type=Path, default="runs/kangaroo", metavar="DIR", help="%(default)s")
-    p.add_argument("--data", nargs="+", default=["stdlib"], metavar="SRC", help="as in train.py")
-    for name, value in dict(steps=600, batch=8, seq=256, lr=6e-3, seed=0).items():
-        p.add_argument(f"--{name}", type=type(value), default=value, metavar="N", help=str(value))
+    add = p.add_argument
+    add("--ckpt", type=Path, default=DEFAULT_CKPT, metavar="DIR", help="the model")
+    add("--out", type=Path, default="runs/kangaroo", metavar="DIR", help="%(default)s")
+    add("--data", nargs="+", default=["stdlib"], metavar="SRC", help="as in train.py")
+    for name, value in dict(exit=2, steps=600, batch=8, seq=256, lr=6e-3).items():
+        add(f"--{name}", type=type(value), default=value, metavar="N", help="%(default)s")
     args = p.parse_args()
     with command_errors(p.prog):
         train(args)

@@ -5,31 +5,24 @@
 `decode.py --exit auto` reads a prompt in the same way.
 """
 
-import shutil
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise, product, takewhile
 from pathlib import Path
 from timeit import repeat
-from typing import BinaryIO
-from unicodedata import east_asian_width
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from checkpoint import whole_file
-from command import BLUE, DIM, command_errors, run
+from command import command_errors
 from decode import generate, new_cache
-from exact import MAX_ROWS, pack
-from extras.trace import paint, parser, piece, start
+from exact import MAX_ROWS
+from extras.trace import parser, piece, start
 from model import PREFILL_ROWS, Llama
-from tokenizer import Tokenizer
 
-BLACK_ON = "\033[38;5;16;48;5;{}m"  # both colours are set, so it reads on any terminal
-GREENS, REDS = (194, 157, 120, 83), (224, 217, 210, 203)  # pale to full
-CELL = 8  # columns of a token: a sign and "·return"
 SHORTEST, LONGEST = 16, 128  # tokens of a prompt that choose_exit needs and reads
 
 
@@ -57,9 +50,13 @@ def exits(model: Llama, tokens: list[int], prefilled: int = 0) -> tuple[Tensor, 
 def layers_needed(said: Tensor) -> Tensor:
     """For each token, the fewest layers E such that exits E..L all say what L says. (L, T) -> (T,).
 
-    An exit that changes its mind later does not count (section 3 of the paper).
+    An exit that changes its mind later does not count (section 3).
     """
     return len(said) + 1 - (said == said[-1]).flip(0).cumprod(0).sum(0)
+
+
+# --------------------------------------
+# --exit auto
 
 
 @torch.inference_mode()
@@ -68,19 +65,17 @@ def choose_exit(model: Llama, prompt_ids: list[int], settings: dict) -> dict:
 
     Each exit's guesses after the prompt's first token and last LONGEST are held against the last
     layer's, and the rounds that they would make are timed. A prompt of fewer than SHORTEST tokens
-    does not tell: both stay as in `settings`. Raises ValueError for a model of one layer.
+    and a model of one layer keep what `settings` say.
     """
-    if len(prompt_ids) < SHORTEST:
+    layers, read = model.config.n_layers, prompt_ids[:1] + prompt_ids[1:][-LONGEST:]
+    if len(read) < SHORTEST or layers < 2:
         return dict(exit_layer=settings["exit_layer"], draft_len=settings["draft_len"])
-    said, probability = exits(model, prompt_ids[:1] + prompt_ids[1:][-LONGEST:])
+    said, probability = exits(model, read)
     right, sure = (said == said[-1]).tolist(), (probability > settings["min_confidence"]).tolist()
-    layers, count = said.shape
-    if layers < 2:
-        raise ValueError("a model of one layer has no exit to choose")
     seconds, speed = pass_seconds(model), {}
     for e, d in product(range(1, layers), range(1, MAX_ROWS)):
         place, spent = 0, 0.0
-        while place < count:
+        while place < len(read):
             drafted = sum(takewhile(bool, sure[e - 1][place : place + d]))
             spent += (drafted + 1) * seconds(e, 1) + seconds(layers - e, drafted + 1)
             place += sum(takewhile(bool, right[e - 1][place : place + drafted])) + 1
@@ -90,110 +85,66 @@ def choose_exit(model: Llama, prompt_ids: list[int], settings: dict) -> dict:
 
 
 def pass_seconds(model: Llama) -> Callable[[int, int], float]:
-    """Seconds of a pass, by its layers and rows: linear between four that are timed here."""
-    many, half = MAX_ROWS // 2, max(1, model.config.n_layers // 2)
+    """Seconds of a pass, as a function of its layers and rows, from three that are timed here."""
+    many, half = MAX_ROWS // 2, model.config.n_layers // 2
     cache = new_cache(model.config, many, 0, model.dtype, model.device)
 
     def timed(layers: int, rows: int) -> float:
         x = torch.zeros(rows, dtype=torch.long, device=model.device)
-        run_layers = lambda: model.run_layers(model.embed(x), 0, layers, cache)
-        return min(repeat(lambda: int(model.unembed(run_layers()).argmax()), number=1, repeat=4))
+        logits = lambda: model.unembed(model.run_layers(model.embed(x), 0, layers, cache))
+        return min(repeat(lambda: int(logits().argmax()), number=1, repeat=4))
 
-    a, b, c, d = (timed(*shape) for shape in product((0, half), (1, many)))
-
-    def seconds(layers: int, rows: int) -> float:
-        x, y = layers / half, (rows - 1) / (many - 1)
-        return max((1 - x) * (a + y * (b - a)) + x * (c + y * (d - c)), a)
-
-    return seconds
+    head, one, more = timed(0, 1), timed(half, 1), timed(half, many)
+    layer, row = max(one - head, 0) / half, max(more - one, 0) / half / (many - 1)
+    return lambda layers, rows: head + layers * (layer + (rows - 1) * row)
 
 
-def fit(text: str, width: int) -> str:
-    """Text cut or padded to `width` columns of a terminal. East Asian characters take two."""
-    columns = lambda text: sum(1 + (east_asian_width(c) in "WF") for c in text)
-    if columns(text) > width:
-        while columns(text) >= width:
-            text = text[:-1]
-        text += "…"
-    return text + " " * (width - columns(text))
+# --------------------------------------
+# The lens
 
 
-class Lens:
-    """What each exit would say after each token of a prompt and of what follows it."""
+def draw(file: IO[bytes], words: list[list[str]], shades: Tensor, needed: list[int]) -> None:
+    """A PNG: a column per token, a row per exit, and a black line at the layers needed.
 
-    def __init__(
-        self, model: Llama, tokenizer: Tokenizer, prompt_ids: list[int], new_ids: list[int]
-    ):
-        tokens, known = prompt_ids + new_ids, len(prompt_ids)
-        said, self.sure = exits(model, tokens, known - 1)
-        self.agrees, self.needed = said == said[-1], layers_needed(said)
-        self.said = [[piece(tokenizer, token) for token in row] for row in said.tolist()]
-        self.tokens = [" +"[i >= known] + piece(tokenizer, t) for i, t in enumerate(tokens)]
+    `words` are the text's tokens, and what each exit says after them. shades (L, T) are how sure
+    it is, negative where the last layer disagrees.
+    """
+    from matplotlib.figure import Figure
 
-    def blocks(self, width: int) -> list[range]:
-        """The columns, in blocks of `width`."""
-        every = range(len(self.tokens))
-        return [every[first : first + width] for first in every[::width]]
-
-    def text(self) -> str:
-        """The table, in blocks as wide as the terminal. ✓ is agreement with the last layer."""
-        names = [" exit ", *(f"{e:5} " for e in range(1, len(self.said) + 1)), "needs "]
-        lines, columns = [], shutil.get_terminal_size().columns
-        for block in self.blocks(max(1, (columns - 6) // (CELL + 1))):
-            lines += [" ".join(row).rstrip() for row in zip(names, *map(self.column, block))] + [""]
-        return "\n".join(lines)
-
-    def column(self, t: int) -> list[str]:
-        """The cells of one token, from the top down. The deeper a colour, the surer the exit."""
-        cells = [paint(fit(self.tokens[t], CELL), BLUE if self.tokens[t][0] == "+" else DIM)]
-        for row, agrees, sure in zip(self.said, self.agrees[:, t], self.sure[:, t]):
-            colour = (GREENS if agrees else REDS)[min(3, int(4 * sure))]
-            cells.append(paint(fit("✓ "[not agrees] + row[t], CELL), BLACK_ON.format(colour)))
-        return [*cells, fit(f" {self.needed[t]}", CELL)]
-
-    def statistics(self) -> str:
-        """Layers needed per token: the mean and the quartiles."""
-        ordered, count = sorted(self.needed.tolist()), len(self.tokens)
-        a, b, c = (ordered[count * part // 4] for part in (1, 2, 3))
-        mean = f"{sum(ordered) / count:.2f} of {len(self.said)} on average over {count} tokens"
-        return f"layers needed: {mean}; a quarter of them {a} at most, half {b}, three quarters {c}"
-
-    def draw(self, file: BinaryIO) -> None:
-        """The table as a PNG: green agrees, red does not, and a line at the layers needed."""
-        from matplotlib.figure import Figure  # only here
-
-        layers, blocks = len(self.said), self.blocks(13)
-        figure = Figure((9, len(blocks) * (0.165 * layers + 0.4)), layout="constrained")
-        shades = torch.where(self.agrees, self.sure, -self.sure).numpy()
-        how: dict = dict(cmap="RdYlGn", vmin=-1.4, vmax=1.4, aspect="auto")
-        font: dict = dict(ha="center", va="center", size=7.5, family="monospace", parse_math=False)
-        for axis, block in zip(figure.subplots(len(blocks), squeeze=False)[:, 0], blocks):
-            left, right = block[0] - 0.5, block[-1] + 0.5
-            axis.imshow(shades[:, block], extent=(left, right, layers + 0.5, 0.5), **how)
-            for t in block:
-                for row, word in enumerate([self.tokens[t], *(words[t] for words in self.said)]):
-                    axis.text(t, row, fit(word, CELL).strip(), **font)
-            edges = [t - 0.5 for t in (*block, block[-1] + 1)]
-            axis.stairs(self.needed[block].numpy() - 0.5, edges, baseline=None, color="black")
-            axis.set(xlim=(left, left + 13), ylim=(layers + 0.5, -0.5), xticks=[], ylabel="exit")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # a box stands for what the font lacks
-            figure.savefig(file, dpi=200, format="png")
+    layers, count = shades.shape
+    figure = Figure((0.5 + 0.66 * count, 0.4 + 0.165 * layers), layout="constrained")
+    no_exit = torch.full((1, count), float("nan"))  # the row of tokens
+    axis, cells = figure.subplots(), torch.cat([no_exit, shades]).numpy()
+    axis.imshow(cells, cmap="RdYlGn", vmin=-1.4, vmax=1.4, aspect="auto")
+    font: dict = dict(ha="center", va="center", size=7.5, family="monospace", parse_math=False)
+    for row, t in product(range(layers + 1), range(count)):
+        axis.text(t, row, words[row][t][:8], **font)
+    edges, line = [t - 0.5 for t in range(count + 1)], [e - 0.5 for e in needed]
+    axis.stairs(line, edges, baseline=None, color="black")
+    axis.set(xticks=[], ylabel="exit")
+    figure.savefig(file, dpi=200, format="png")
 
 
 def main() -> None:
-    p = parser("lens", "Show what every exit would say next, over a prompt and what follows.", 12)
-    p.add_argument("--png", type=Path, metavar="FILE", help="draw the table, too")
+    p = parser("lens", "Show what every exit would say next.", 12)
+    p.add_argument("--png", type=Path, metavar="FILE", help="draw it, too")
     args = p.parse_args()
-    with command_errors(p.prog), whole_file(args.png) if args.png else nullcontext() as file:
+    wanted = whole_file(args.png) if args.png else nullcontext()
+    with command_errors(p.prog), wanted as file:
         model, tokenizer, ids, settings = start(args)
-        settings |= dict(exit_layer=0, max_new_tokens=args.max_new_tokens or 1)
-        said = run(generate(pack(model), ids, **settings)).ids[: args.max_new_tokens]
-        lens = Lens(model, tokenizer, ids, [t for t in said if t not in settings["eos"]])
-        print(lens.text())
-        print(lens.statistics(), file=sys.stderr)
+        rounds = generate(model, ids, **settings | dict(exit_layer=0))
+        tokens = ids + [t for r in rounds for t in r.emitted]
+        said, sure = exits(model, tokens, len(ids) - 1)
+        needed = layers_needed(said).tolist()
+        words = [[piece(tokenizer, t) for t in row] for row in [tokens, *said.tolist()]]
+        words[0][len(ids) :] = ["+" + word for word in words[0][len(ids) :]]  # not of the prompt
+        print("needs  token         what the exits say next; 3 x: from exit 3 on")
+        for e, (token, *column) in zip(needed, zip(*words)):
+            new = [f"{i + 1} {x}" for i, x in enumerate(column) if i == 0 or x != column[i - 1]]
+            print(f"{e:5}  {token:12}  {'  '.join(new)}")
+        print(f"needs {sum(needed) / len(needed):.2f} of {len(said)} on average", file=sys.stderr)
         if file:
-            lens.draw(file)
+            draw(file, words, torch.where(said == said[-1], sure, -sure), needed)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """A generation round by round: what was drafted, accepted and rejected, and how long it took.
 
     python -m extras.trace --prompt "def add(a, b):" --exit 6 --draft 8
-    python -m extras.trace --json trace.json        also as data, in the format of porting/check.py
+    python -m extras.trace --json trace.json        also as data, for porting/check.py
 
 The other commands take their options and the look of a token from here.
 """
 
 import argparse
 import json
-import os
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -16,31 +15,27 @@ from pathlib import Path
 
 import command
 from checkpoint import whole_file
-from command import BLUE, DIM, GREEN, RESET, Run, run
 from decode import Round, Sampling, generate
 from exact import pack
 from model import Llama
 from tokenizer import Tokenizer, visible
 
-SIGNS = {"✓": GREEN, "✗": "\033[31m", "-": DIM, "+": BLUE}
-REPEAT = ("exit_layer", "draft_len", "max_new_tokens", "min_confidence", "eos")
-
 
 def boxes(r: Round) -> list[tuple[str, int]]:
     """The tokens of a round, with signs: ✓ accepted, ✗ rejected, - not looked at, + the verifier's.
 
-    Those with ✓ and + were emitted. After an accepted EOS there is neither ✗ nor +.
+    ✓ and + were emitted. After an accepted EOS there is neither ✗ nor +.
     """
     own = r.emitted[r.accepted :]
     signs = "✓" * r.accepted + "✗" * len(own) + "-" * len(r.drafted)
     return [*zip(signs, r.drafted), *(("+", token) for token in own)]
 
 
-def line(number: int, r: Round, tokenizer: Tokenizer) -> str:
+def line(r: Round, tokenizer: Tokenizer) -> str:
     """A round on one line, with a box for each token."""
     times = f"draft {1e3 * r.draft_seconds:6.1f} ms  verify {1e3 * r.verify_seconds:6.1f} ms"
-    parts = [paint(f"[{sign}{piece(tokenizer, token)}]", SIGNS[sign]) for sign, token in boxes(r)]
-    return f"{number:4}  {times}  {' '.join(parts)}"
+    tokens = [f"[{sign}{piece(tokenizer, token)}]" for sign, token in boxes(r)]
+    return f"{times}  {' '.join(tokens)}"
 
 
 def trace_json(rounds: list[Round], prompt_ids: list[int], settings: dict) -> dict:
@@ -53,15 +48,10 @@ def trace_json(rounds: list[Round], prompt_ids: list[int], settings: dict) -> di
         length += len(r.emitted)
         entry = {key: value for key, value in vars(r).items() if key != "logits"}
         entries.append(entry | dict(length=length))
-    repeat = {key: settings[key] for key in REPEAT} | asdict(settings["sampling"])
+    repeat = {**settings, **asdict(settings["sampling"])}
+    del repeat["sampling"]
     case = dict(name="trace", prompt=prompt_ids, settings=repeat, rounds=entries)
     return {"format": "layerskip-trace-1", "cases": [case]}
-
-
-def paint(text: str, colour: str) -> str:
-    """Text in a colour (an escape code), where stdout takes colours."""
-    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    return f"{colour}{text}{RESET}" if colours else text
 
 
 def piece(tokenizer: Tokenizer, token: int) -> str:
@@ -76,26 +66,24 @@ def parser(name: str, about: str, max_new_tokens: int) -> argparse.ArgumentParse
     p = argparse.ArgumentParser(prog=f"python -m extras.{name}", description=about)
     add = p.add_argument
     add("--ckpt", type=Path, default=command.DEFAULT_CKPT, metavar="DIR", help="checkpoint")
-    add("--prompt", default=command.DEFAULT_PROMPT, metavar="TEXT", help="text to go on from")
+    add("--prompt", default=command.DEFAULT_PROMPT, help="text to go on from")
     add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help="%(default)s")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    add("--seed", type=int, default=0, metavar="S", help="of sampling (default 0)")
+    add("--seed", type=int, default=0, help="of sampling")
     return p
 
 
 def start(args: argparse.Namespace) -> tuple[Llama, Tokenizer, list[int], dict]:
-    """The model, not packed yet, its tokenizer, the prompt's ids, and the settings of generate.
+    """The packed model, its tokenizer, the prompt's ids, and the settings of generate.
 
     Raises ValueError, one line, on what cannot be used.
     """
-    if not args.prompt:
-        raise ValueError("the prompt is empty")
     model, tokenizer = command.load(args.ckpt)
     settings = command.default_settings(args.ckpt, model.config, tokenizer)
-    ids = tokenizer.encode(args.prompt.encode(errors="surrogateescape").decode())
-    settings |= {k: v for k, v in vars(args).items() if k in settings and v is not None}
+    settings["max_new_tokens"] = args.max_new_tokens
     settings["sampling"] = Sampling(args.temperature, seed=args.seed)
-    return model, tokenizer, ids, settings | dict(max_new_tokens=args.max_new_tokens)
+    settings |= {k: v for k, v in vars(args).items() if k in settings and v is not None}
+    return pack(model), tokenizer, tokenizer.encode(args.prompt), settings
 
 
 def main() -> None:
@@ -110,8 +98,8 @@ def main() -> None:
     with command.command_errors(p.prog), wanted as file:
         model, tokenizer, ids, settings = start(args)
         print("✓ accepted, ✗ rejected, - not looked at; + the verifier's own", file=sys.stderr)
-        rounds, result = generate(pack(model), ids, **settings), Run()
-        run(rounds, lambda r: print(line(len(result.rounds), r, tokenizer), flush=True), result)
+        rounds = generate(model, ids, **settings)
+        result = command.run(rounds, lambda r: print(line(r, tokenizer)))
         print(result.summary(), file=sys.stderr)
         if file:
             file.write(json.dumps(trace_json(result.rounds, ids, settings)).encode() + b"\n")

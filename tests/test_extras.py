@@ -1,6 +1,5 @@
 """Early exit runs fewer layers, the lens says what the model says, a trace holds the rounds."""
 
-import io
 import json
 import sys
 from types import SimpleNamespace
@@ -8,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import tiny_config, tiny_model
+from matplotlib.figure import Figure
 
 from command import load
 from decode import Round, Sampling, generate, new_cache, next_token
 from exact import RowAttention, pack
 from extras import early_exit, lens, trace
 from extras.early_exit import generate_confident, keep_layers
-from extras.lens import GREENS, REDS, Lens, choose_exit, exits, fit, layers_needed
+from extras.lens import choose_exit, draw, exits, layers_needed
 from extras.trace import boxes, piece, trace_json
 from model import load_checkpoint, save_checkpoint
 from porting import check
@@ -83,12 +83,6 @@ def test_a_model_of_the_first_layers_decodes_as_an_exit_there(packed_first):
     thin = keep_layers(pack(whole) if packed_first else whole, range(2))
     rounds = generate(pack(thin), [3, 1, 4], max_new_tokens=20, eos=())
     assert [t for r in rounds for t in r.emitted] == expected
-
-
-@pytest.mark.parametrize("kept", [[], [0, 4], [2, 1], [1, 1], [-1, 2]])
-def test_layers_that_cannot_be_kept_are_refused(kept):
-    with pytest.raises(ValueError, match="layers to keep"):
-        keep_layers(tiny_model(tiny_config()), kept)
 
 
 def confident(model, confidence, exit_layer=2, prompt=(7, 3), count=40, temperature=0.0):
@@ -180,8 +174,9 @@ def test_the_command_says_how_many_layers_a_token_ran(cli, ckpt):
     assert "1.00 of 4 layers per token" in always.err
     never = cli(*few, "1")
     assert "4.00 of 4 layers per token" in never.err and len(never.out) > 5
-    pruned = cli(*few, "1", "--keep-layers", "0::2")
+    pruned = cli(*few, "1", "--keep-every", "2")
     assert "2.00 of 2 layers per token" in pruned.err
+    assert "--keep-every must be 1 or more, not 0" in cli(*few, "1", "--keep-every", "0").err
     model, tokenizer = load(ckpt)
     ids = tokenizer.encode("def f(x):")
     rounds = generate(pack(keep_layers(model, (0, 2))), ids, max_new_tokens=9)
@@ -237,70 +232,34 @@ def test_layers_needed_on_a_table_made_by_hand():
     assert layers_needed(torch.tensor(columns).T).tolist() == [1, 2, 3, 4, 3, 4]
 
 
-def by_hand(said, needed):
-    """A Lens of a table, without a model."""
-    made = Lens.__new__(Lens)
-    made.said, made.needed = said, torch.tensor(needed)
-    made.tokens = [" " + str(t) for t in range(len(said[0]))]
-    made.agrees = torch.tensor([[a == b for a, b in zip(row, said[-1])] for row in said])
-    made.sure = torch.full(made.agrees.shape, 0.99)
-    return made
-
-
-def test_the_table_marks_agreement_and_its_blocks_fit_the_terminal(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "53")
-    table = by_hand([["a", "漢字漢字", "c"] * 3, ["b", "漢字漢字", "d"] * 3], [2, 1, 2] * 3)
-    lines = table.text().splitlines()
-    assert [line.split() for line in lines[:4]] == [
-        ["exit", *"01234"],
-        ["1", "a", "✓漢字漢…", "c", "a", "✓漢字漢…"],
-        ["2", "✓b", "✓漢字漢…", "✓d", "✓b", "✓漢字漢…"],
-        ["needs", *"21221"],
-    ]
-    assert len(lines) == 9 and lines[5].split() == ["exit", *"5678"]
-    said = table.statistics()
-    assert "1.67 of 2" in said and "9 tokens" in said
-    assert "a quarter of them 1 at most, half 2, three quarters 2" in said
-
-
-def test_a_token_is_one_printable_piece_of_a_fixed_width(shipped):
+def test_a_token_is_one_printable_piece(shipped):
     _, tokenizer = load(shipped)
     shown = [piece(tokenizer, token) for token in range(tokenizer.vocab_size)]
     assert all(text and not set(text) & set("\n\t \033\r") for text in shown)
     ids = tokenizer.encode("a  b\n\tc", bos=False)
     assert "".join(piece(tokenizer, token) for token in ids).lstrip("·") == "a··b⏎→c"
     assert piece(tokenizer, 1) == "<1>"
-    assert fit("abc", 5) == "abc  " and fit("abcdef", 5) == "abcd…" and fit("漢字漢", 5) == "漢字…"
-    assert fit("abcde", 5) == "abcde" and fit("漢字漢字", 5) == "漢字…"
 
 
-def test_each_generated_token_stands_right_of_the_last_layers_word(cli, ckpt, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")
-    _, tokenizer = load(ckpt)
-    known = len(tokenizer.encode("def f(x):"))
+def test_a_line_of_the_lens_tells_what_every_exit_says_and_how_many_layers_are_needed(cli, ckpt):
+    """Each word stands from its exit on until the next word."""
+    model, tokenizer = load(ckpt)
+    ids = tokenizer.encode("def f(x):")
     run = cli("lens", "--max-new-tokens", "5")
-    assert run.code == 0 and f"over {known + 5} tokens" in run.err and "\033" not in run.out
-    header, *rows, _ = run.out.rstrip().splitlines()
-    cells = [[row[6 + 9 * t :][:9].strip() for t in range(known + 5)] for row in (header, *rows)]
-    assert [t for t, x in enumerate(cells[0]) if x.startswith("+")] == [*range(known, known + 5)]
-    for t in range(known, known + 5):
-        assert cells[-1][t - 1] == "✓" + cells[0][t][1:]
-    monkeypatch.setattr(lens, "run", lambda rounds: SimpleNamespace(ids=[5, 2]))
-    assert f"over {known + 1} tokens" in cli("lens").err, "an EOS is no token of the text"
-    alone = cli("lens", "--max-new-tokens", "0")
-    assert f"over {known} tokens" in alone.err and "+" not in alone.out.splitlines()[0]
-
-
-def test_a_terminal_gets_shades_unless_no_color_is_set(cli, monkeypatch):
-    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True, raising=False)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    table = cli("lens").out
-    assert any(f"48;5;{g}m✓" in table for g in GREENS)
-    assert any(f"48;5;{r}m " in table for r in REDS)
-    rounds = cli("trace", "--exit", "2", "--min-confidence", "0").out
-    assert "\033[32m[✓" in rounds and "\033[31m[✗" in rounds and "\033[94m[+" in rounds
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert "\033" not in cli("lens").out + cli("trace").out
+    assert run.code == 0 and "\033" not in run.out
+    header, *lines = [line.split() for line in run.out.splitlines()]
+    new = [t for r in generate(pack(model), ids, max_new_tokens=5) for t in r.emitted]
+    said, _ = exits(model, ids + new, len(ids) - 1)
+    needed = layers_needed(said).tolist()
+    assert header[0] == "needs" and [int(line[0]) for line in lines] == needed
+    assert f"needs {sum(needed) / len(needed):.2f} of 4 on average" in run.err
+    tokens = [piece(tokenizer, t) for t in ids] + ["+" + piece(tokenizer, t) for t in new]
+    assert [line[1] for line in lines] == tokens
+    for t, (_, _, *rest) in enumerate(lines):
+        words = dict(zip(map(int, rest[::2]), rest[1::2]))
+        shown = [words[max(e for e in words if e <= exit_layer)] for exit_layer in range(1, 5)]
+        assert shown == [piece(tokenizer, row[t]) for row in said.tolist()]
+        assert t + 1 < len(ids) or t + 1 == len(tokens) or "+" + shown[-1] == tokens[t + 1]
 
 
 def test_the_figure_is_a_whole_png(cli, tmp_path):
@@ -312,11 +271,28 @@ def test_the_figure_is_a_whole_png(cli, tmp_path):
     assert (tmp_path / "lens.png.new").read_text() == "mine"
 
 
-@pytest.mark.filterwarnings("error:Glyph")
-def test_the_figure_takes_any_token():
-    file = io.BytesIO()
-    by_hand([["$x_{$", "漢字", "\\"], ["$$", "a^b", "%"]], [2, 2, 2]).draw(file)
-    assert file.getvalue().startswith(b"\x89PNG")
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_the_figure_takes_any_token(tmp_path):
+    words = [["$x_{$", "漢字"], ["a long word", "\\"], ["$$", "a^b"]]
+    draw(tmp_path / "f.png", words, torch.tensor([[-0.9, 0.5], [1, 0]]), [2, 1])
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figure_has_a_cell_for_every_exit_and_token_and_a_line_at_the_layers_needed(
+    tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **how: drawn.append(figure))
+    shades = torch.tensor([[-0.9, 0.5, 0.1], [1, 0.25, -0.5]])
+    words = [list("xyz"), list("abc"), list("dbe")]
+    draw(tmp_path / "f.png", words, shades, [2, 1, 2])
+    (axis,) = drawn[0].axes
+    assert torch.equal(torch.tensor(axis.images[0].get_array().data)[1:], shades)
+    cells = {text.get_position(): text.get_text() for text in axis.texts}
+    assert cells == {(t, row): words[row][t] for row in range(3) for t in range(3)}
+    (line,) = axis.patches
+    assert line.get_data().values.tolist() == [1.5, 0.5, 1.5]
+    assert line.get_data().edges.tolist() == [-0.5, 0.5, 1.5, 2.5]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -335,7 +311,8 @@ def chosen(monkeypatch, right, sure, seconds):
     monkeypatch.setattr(lens, "exits", lambda model, tokens: (said, probability))
     monkeypatch.setattr(lens, "pass_seconds", lambda model: seconds)
     settings = dict(exit_layer=5, draft_len=9, min_confidence=0.5)
-    found = choose_exit(None, [0] * len(right), settings)
+    model = SimpleNamespace(config=tiny_config())
+    found = choose_exit(model, [0] * len(right), settings)
     assert found.keys() == {"exit_layer", "draft_len"}
     return tuple(found.values())
 
@@ -362,10 +339,14 @@ def test_the_exit_chosen_is_the_first_that_agrees_with_the_model(monkeypatch):
     assert found["exit_layer"] == 3 and found["draft_len"] > 3
 
 
-def test_a_short_prompt_keeps_the_settings_and_of_a_long_one_the_end_is_read(monkeypatch):
+def test_a_short_prompt_keeps_the_settings_and_of_a_long_one_the_end_is_read(
+    monkeypatch,
+):
     model = tiny_model(tiny_config(n_layers=8), damp_from=3)
     settings = dict(exit_layer=5, draft_len=9, min_confidence=0.3, eos=(2,))
     assert choose_exit(model, [3] * 15, settings) == dict(exit_layer=5, draft_len=9)
+    shallow, plain = tiny_model(tiny_config(n_layers=1)), dict(exit_layer=0, draft_len=9)
+    assert choose_exit(shallow, [3] * 40, settings | plain) == plain, "it has no exit"
     found = choose_exit(model, [3, 1, 4, 1] * 4, settings)  # timed on this machine
     assert 1 <= found["exit_layer"] <= 7 and 1 <= found["draft_len"] <= 15
     read, prompt = [], list(range(60)) * 4
@@ -420,11 +401,10 @@ def test_the_trace_is_a_line_a_round_and_its_file_repeats_the_run(cli, ckpt, tmp
     written = [[r[k] for k in kept] for r in case["rounds"]]
     assert [[getattr(r, k) for k in kept] for r in rounds] == written
     known = len(case["prompt"])
-    for number, (line, r) in enumerate(zip(run.out.splitlines(), case["rounds"], strict=True), 1):
+    for line, r in zip(run.out.splitlines(), case["rounds"], strict=True):
         known += len(r["emitted"])
         assert r["length"] == known - 1 and r["draft_seconds"] >= 0 < r["verify_seconds"]
-        assert line.split()[0] == str(number) and line.count(" ms ") == 2
-        assert line.count("[✓") == r["accepted"]
+        assert line.count(" ms ") == 2 and line.count("[✓") == r["accepted"]
     assert known == len(case["prompt"]) + 30 and max(len(r["drafted"]) for r in case["rounds"]) <= 4
 
 
@@ -460,24 +440,25 @@ def test_a_path_that_cannot_be_written_is_refused_before_a_model_is_loaded(
     assert run.code == 2 and run.err.count("\n") == 1 and not run.out and not [*tmp_path.iterdir()]
 
 
-BAD = """
+BAD = (
+    """
 trace --exit 4
 trace --draft 16
 trace --min-confidence 1
 trace --temperature -1
 trace --seed -1
 trace --max-new-tokens 0
-trace --prompt=
 trace --exit two
 lens --max-new-tokens -1
 lens --ckpt none
 lens --prompt=\udcff
 early_exit --confidence 0
 early_exit --exit 9
-early_exit --keep-layers 9:
-early_exit --keep-layers 0::0
-early_exit --keep-layers a:b
-""".strip().splitlines() + ["lens --max-new-tokens 0 --prompt=" + "x" * 2000]
+early_exit --keep-every 0
+early_exit --keep-every x
+""".strip().splitlines()
+    + ["lens --max-new-tokens 0 --prompt=" + "x" * 2000]
+)
 
 
 @pytest.mark.parametrize("options", BAD)
