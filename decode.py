@@ -310,13 +310,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", **flag, help="each run as one JSON object, not as text")
 
     group = p.add_argument_group("drafting (defaults come with the checkpoint)")
-    add = group.add_mutually_exclusive_group().add_argument
+    add = group.add_argument
     add("--exit", metavar="E", help="draft with the first E layers; auto: chosen from the prompt")
-    who = "lookup, jacobi, model:DIR, kangaroo:DIR or skip:attn:3,4,mlp:7"
-    add("--drafter", metavar="WHO", help=f"draft with {who}")
-    group.add_argument("--draft", dest="draft_len", type=int, help="most tokens drafted a round")
+    who = "lookup, lookup+exit, jacobi, model:DIR, kangaroo:DIR or skip:attn:3,4,mlp:7"
+    add("--drafter", default="exit", metavar="WHO", help=f"draft with {who}")
+    add("--draft", dest="draft_len", type=int, help="most tokens drafted a round")
     text = "stop drafting at or below this probability"
-    group.add_argument("--min-confidence", type=float, metavar="C", help=text)
+    add("--min-confidence", type=float, metavar="C", help=text)
+    add("--draft-vocab", type=int, metavar="N", help="exits guess only the first N tokens")
     add = group.add_mutually_exclusive_group().add_argument
     add("--full", **flag, help="no draft: the full model alone")
     add("--no-verify", **flag, help="no verification: the early exit alone. Lossy")
@@ -350,11 +351,7 @@ def decode(args: argparse.Namespace) -> None:
     settings["sampling"] = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     given = {k: v for k, v in vars(args).items() if k in settings and v is not None}
     last = model.config.n_layers - 1
-    if args.drafter is not None:
-        from extras.drafters import parse_drafter
-
-        settings |= parse_drafter(args.drafter, model)
-    elif args.exit == "auto":
+    if args.exit == "auto":
         from extras.lens import choose_exit
 
         settings |= choose_exit(model, tokenizer.encode(text), settings | given)
@@ -362,11 +359,17 @@ def decode(args: argparse.Namespace) -> None:
         if args.exit not in map(str, range(1, last + 1)):
             raise ValueError(f"--exit must be auto or from 1 to {last}, not {args.exit:.40}")
         settings["exit_layer"] = int(args.exit)
+    if args.drafter != "exit" or args.draft_vocab:
+        from extras.drafters import parse_drafter
+
+        if args.exit and not args.drafter.endswith("exit"):
+            raise ValueError(f"--drafter {args.drafter:.40} takes no --exit: leave it out")
+        settings |= parse_drafter(args.drafter, model, settings["exit_layer"], args.draft_vocab)
     settings |= given
     if args.no_verify:
         from extras.early_exit import keep_layers
 
-        if args.drafter:
+        if args.drafter != "exit":
             raise ValueError("--no-verify is the early exit alone: leave out --drafter")
         model = keep_layers(model, range(settings["exit_layer"]))
     if args.no_verify or args.full:

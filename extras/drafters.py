@@ -12,14 +12,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import decode
 from cache import KVQCache
 from decode import Pick, new_cache
-from exact import MAX_ROWS, pack
+from exact import MAX_ROWS, RowLinear, pack
 from model import Llama, load_checkpoint, prefill
 
+POSSIBLE = "exit, lookup, lookup+exit, jacobi, model:DIR, kangaroo:DIR or skip:attn:3,4,mlp:7"
 run_draft: Callable[..., list[int]] = decode.draft  # also for what is like a model
 
 
@@ -126,13 +127,67 @@ def search_skips(
 class PromptLookup(Drafter):
     """Copies what followed when the latest 3 tokens came last, or else the latest 2, or 1."""
 
+    lengths: tuple[int, ...] = (3, 2, 1)
+
+    def __init__(self, *context: Any):
+        super().__init__(*context)
+        self.after: dict[tuple[int, ...], int] = {}  # some tokens: where what followed begins
+        self.seen = 0
+
     def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
-        for n in (3, 2, 1):
-            latest = tokens[-n:]
-            for place in range(len(tokens) - n - 1, -1, -1):
-                if tokens[place : place + n] == latest:
-                    return tokens[place + n : place + n + limit], 0
+        for end in range(self.seen, len(tokens)):
+            self.after |= {tuple(tokens[max(end - n, 0) : end]): end for n in self.lengths}
+        self.seen = len(tokens)
+        for n in self.lengths:
+            if place := self.after.get(tuple(tokens[-n:])):
+                text = list(tokens)
+                for source in range(place, place + limit):  # may go on with its own copy
+                    text.append(text[source])
+                return text[len(tokens) :], 0
         return [], 0
+
+
+class EarlyExit(Drafter):
+    """decode.draft as a drafter: the model's first layers. `head` may be one for fewer tokens."""
+
+    def __init__(self, *context: Any, exit_layer: int, head: Callable | None = None):
+        super().__init__(*context)
+        model, self.exit_layer = self.model, exit_layer
+        self.embed, self.run_layers, self.unembed = model.embed, model.run_layers, model.unembed
+        if head:
+            self.unembed = lambda h: head(model.model.norm(h))
+
+    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
+        e = self.exit_layer
+        return run_draft(self, self.cache, tokens[-1], limit, pick, e, *self.stop), e
+
+
+class LookupExit(Drafter):
+    """PromptLookup of 3 tokens while its copies hold, else EarlyExit.
+
+    Copies are tried on each round, used or not: of both ways a running mean of the accepted guesses
+    is kept, and copies are used while theirs is not the smaller.
+    """
+
+    def __init__(self, *context: Any, **exit: Any):
+        super().__init__(*context)
+        self.lookup, self.exit = PromptLookup(*context), EarlyExit(*context, **exit)
+        self.lookup.lengths = (3,)
+        self.copy: list[int] = []
+        self.copied, self.foreseen = float(MAX_ROWS), 1.0  # means of accepted guesses
+
+    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
+        self.copy, _ = self.lookup.draft(tokens, limit, pick)
+        self.copying = bool(self.copy) and self.copied >= self.foreseen
+        return (self.copy, 0) if self.copying else self.exit.draft(tokens, limit, pick)
+
+    def verified(self, tokens: list[int], emitted: list[int], logits: Tensor, pick: Pick) -> None:
+        if self.copy:
+            same = [a == b for a, b in zip(self.copy, emitted)]
+            held = same.index(False) if False in same else len(self.copy)
+            self.copied += (held - self.copied) / 8
+        if not self.copying:
+            self.foreseen += (len(emitted) - 1 - self.foreseen) / 8
 
 
 class Jacobi(Drafter):
@@ -148,31 +203,47 @@ class Jacobi(Drafter):
         self.guesses = tuple(pick(logits[row], len(tokens) + row) for row in rows)
 
 
-def parse_drafter(text: str, model: Llama) -> dict:
+def parse_drafter(
+    text: str, model: Llama, exit_layer: int = 1, draft_vocab: int | None = None
+) -> dict:
     """generate's settings for --drafter: drafter, exit_layer, and Kangaroo's two others.
 
-    Raises ValueError, one line, for another text, and for a drafter that does not fit the model.
+    exit_layer and draft_vocab are of exit and lookup+exit. With draft_vocab N, drafts read the
+    first N rows of the head alone (FR-Spec, arXiv 2502.14856). The model is not packed yet. Raises
+    ValueError, one line, for another text, and for a drafter that does not fit the model.
     """
     from extras.kangaroo import Kangaroo, load_adapter  # which imports Drafter
 
-    (kind, _, rest), part = text.partition(":"), "(attn|mlp):([0-9]+(?:,[0-9]+)*)"
+    (name, _, rest), part = text.partition(":"), "(attn|mlp):([0-9]+(?:,[0-9]+)*)"
     drafter: Callable[..., Drafter]
     settings: dict = dict(exit_layer=0)
-    if text in ("lookup", "jacobi"):
+    if draft_vocab is not None and not text.endswith("exit"):
+        raise ValueError("--draft-vocab is for drafts of an exit: leave it out")
+    if text in ("exit", "lookup+exit"):
+        head, size = None, model.config.vocab_size
+        if draft_vocab is not None:
+            if not 1 <= draft_vocab <= size:
+                raise ValueError(f"--draft-vocab must be from 1 to {size}, not {draft_vocab}")
+            first = nn.Linear(model.config.dim, draft_vocab, bias=False, device="meta")
+            first.weight = nn.Parameter(model.lm_head.weight[:draft_vocab], requires_grad=False)
+            head = RowLinear({}, first)
+        kind = EarlyExit if text == "exit" else LookupExit
+        drafter = partial(kind, exit_layer=exit_layer, head=head)
+        settings = dict(exit_layer=exit_layer)
+    elif text in ("lookup", "jacobi"):
         drafter = PromptLookup if text == "lookup" else Jacobi
-    elif kind == "model" and rest:
+    elif name == "model" and rest:
         drafter = partial(TwoModels, other=pack(load_checkpoint(rest, model.dtype, model.device)))
-    elif kind == "kangaroo" and rest:
+    elif name == "kangaroo" and rest:
         adapter = load_adapter(rest, model)
         drafter = partial(Kangaroo, adapter=adapter)
         settings = dict(exit_layer=adapter.exit_layer, draft_len=6, min_confidence=0.6)
-    elif kind == "skip" and re.fullmatch(f"{part}(,{part})*", rest):
+    elif name == "skip" and re.fullmatch(f"{part}(,{part})*", rest):
         skipped: dict[str, set[int]] = dict(attn=set(), mlp=set())
-        for name, layers in re.findall(part, rest):
-            skipped[name] |= set(map(int, layers.split(",")))
+        for sublayer, layers in re.findall(part, rest):
+            skipped[sublayer] |= set(map(int, layers.split(",")))
         drafter = partial(SkipLayers, attention=skipped["attn"], mlp=skipped["mlp"])
     else:
-        possible = "lookup, jacobi, model:DIR, kangaroo:DIR or skip:attn:3,4,mlp:7"
-        raise ValueError(f"--drafter must be {possible}, not {text!r:.40}")
+        raise ValueError(f"--drafter must be {POSSIBLE}, not {text!r:.40}")
     drafter(model, new_cache(model.config, 1, 1, model.dtype, model.device))  # raises if it must
     return settings | dict(drafter=drafter)

@@ -7,15 +7,20 @@ from itertools import product
 import pytest
 import torch
 from helpers import tiny_config, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from checkpoint import CheckpointError
 from decode import Sampling, generate, new_cache
-from exact import pack
+from exact import RowLinear, pack
 from extras import kangaroo
 from extras.drafters import (
+    POSSIBLE,
     Drafter,
+    EarlyExit,
     Jacobi,
+    LookupExit,
     PromptLookup,
     SkipLayers,
     TwoModels,
@@ -47,11 +52,20 @@ def random_adapter(model, exit_layer=2):
     return Adapter(model.config, exit_layer).to(model.dtype)
 
 
+def exit_of(model, kind):
+    """Drafts of two layers that know the first 20 tokens alone."""
+    first = torch.nn.Linear(model.config.dim, 20, bias=False)
+    first.weight.data = model.model.embed_tokens.weight[:20]
+    return partial(kind, exit_layer=2, head=RowLinear({}, first))
+
+
 DRAFTERS = {  # for a packed model of 4 layers, whose last two add little
     "two models": lambda model: partial(TwoModels, other=keep_layers(model, range(2))),
     "skip layers": lambda model: partial(SkipLayers, attention={2, 3}, mlp={3}),
     "kangaroo": lambda model: partial(Kangaroo, adapter=random_adapter(model)),
     "lookup": lambda model: PromptLookup,
+    "exit of a small head": lambda model: exit_of(model, EarlyExit),
+    "lookup and exit": lambda model: exit_of(model, LookupExit),
     "jacobi": lambda model: Jacobi,
 }
 
@@ -158,12 +172,45 @@ def test_the_search_finds_the_sublayers_that_add_nothing():
 
 
 def test_prompt_lookup_copies_what_came_after_the_longest_match():
-    look = PromptLookup(None, None)
-    assert look.draft([1, 2, 3, 4, 5, 9, 2, 3, 4], 2, None) == ([5, 9], 0)
-    assert look.draft([2, 3, 4, 8, 9, 3, 4, 7, 2, 3, 4], 1, None) == ([8], 0), "three, though older"
-    assert look.draft([4, 7, 7, 4, 8, 1, 4], 3, None) == ([8, 1, 4], 0), "the latest place"
-    assert look.draft([1, 2, 3], 4, None) == ([], 0)
-    assert look.draft([6, 6], 4, None) == ([6], 0)
+    look = lambda *tokens, limit: PromptLookup(None, None).draft([*tokens], limit, None)
+    assert look(1, 2, 3, 4, 5, 9, 2, 3, 4, limit=2) == ([5, 9], 0)
+    assert look(2, 3, 4, 8, 9, 3, 4, 7, 2, 3, 4, limit=1) == ([8], 0), "three, though older"
+    assert look(4, 7, 7, 4, 8, 1, 4, limit=3) == ([8, 1, 4], 0), "the latest place"
+    assert look(1, 2, 3, limit=4) == ([], 0)
+    assert look(6, 6, limit=4) == ([6, 6, 6, 6], 0), "a copy goes on with itself"
+    assert look(1, 5, 6, 5, 6, limit=5) == ([5, 6, 5, 6, 5], 0)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 9))
+def test_prompt_lookup_of_a_growing_text_is_that_of_the_whole(tokens, limit):
+    growing = PromptLookup(None, None)
+    for end in range(1, len(tokens) + 1, 3):
+        found = growing.draft(tokens[:end], limit, None)
+        assert found == PromptLookup(None, None).draft(tokens[:end], limit, None)
+        latest = [n for n in (3, 2, 1) if n < end]
+        places = (
+            p
+            for n in latest
+            for p in range(end - 1, n - 1, -1)
+            if tokens[p - n : p] == tokens[end - n : end]
+        )
+        assert found[0][:1] == [tokens[p] for p in places][:1]
+
+
+def test_copies_are_used_while_they_hold_more_than_the_exit_foresees(monkeypatch):
+    hybrid = LookupExit(tiny_model(tiny_config()), None, exit_layer=1)
+    monkeypatch.setattr(hybrid.exit, "draft", lambda *_: ([8, 8], 1))
+    text = [1, 2, 3, 4, 5, 1, 2, 3]
+    assert hybrid.draft(text[:-1], 4, None) == ([8, 8], 1), "nothing to copy"
+    hybrid.verified(text[:-1], [3], None, None)
+    for _ in range(40):  # copies that are wrong lose trust, and are still looked at
+        copying = hybrid.draft(text, 4, None) == ([4, 5, 1, 2], 0)
+        hybrid.verified(text, [9] if copying else [8, 8, 9], None, None)
+    assert hybrid.draft(text, 4, None) == ([8, 8], 1)
+    for _ in range(40):  # the text becomes what a copy would have been
+        copying = hybrid.draft(text, 4, None) == ([4, 5, 1, 2], 0)
+        hybrid.verified(text, [4, 5, 1, 2, 7] if copying else [4], None, None)
+    assert hybrid.draft(text, 4, None) == ([4, 5, 1, 2], 0)
 
 
 def test_jacobi_guesses_what_the_verifier_said_beyond_its_correction():
@@ -203,6 +250,8 @@ def test_an_option_names_the_drafter_and_its_own_settings(made, tmp_path):
     plain = text_of(decode(pack(made), [3, 1]))
     for text, drafter in {
         "lookup": PromptLookup,
+        "exit": EarlyExit,
+        "lookup+exit": LookupExit,
         "jacobi": Jacobi,
         f"model:{tmp_path}/other": TwoModels,
         f"kangaroo:{tmp_path}/adapter": Kangaroo,
@@ -211,8 +260,25 @@ def test_an_option_names_the_drafter_and_its_own_settings(made, tmp_path):
         settings = parse_drafter(text, made)
         assert getattr(settings["drafter"], "func", settings["drafter"]) is drafter
         own = dict(exit_layer=2, draft_len=6, min_confidence=0.6) if drafter is Kangaroo else {}
+        own |= dict(exit_layer=1) if "exit" in text else {}
         assert settings == dict(drafter=settings["drafter"], exit_layer=0) | own
         assert text_of(decode(made, [3, 1], **settings)) == plain
+
+
+def test_a_small_head_is_the_first_rows_of_the_head(made):
+    """With all rows drafts are those of the exit; with some, they are of those tokens alone."""
+    model = tiny_model(tiny_config())
+    drafts = [
+        [r.drafted for r in decode(model, [3, 1], **parse_drafter("exit", model, 2, size))]
+        for size in (None, 61, 9)
+    ]
+    assert drafts[0] == drafts[1] and any(t > 8 for draft in drafts[1] for t in draft)
+    assert all(t < 9 for draft in drafts[2] for t in draft)
+    for size in (0, 62):
+        with pytest.raises(ValueError, match="from 1 to 61"):
+            parse_drafter("exit", model, 2, size)
+    with pytest.raises(ValueError, match="leave it out"):
+        parse_drafter("lookup", model, 2, 9)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +306,7 @@ def test_an_option_that_cannot_be_is_one_clear_line(made, tmp_path, monkeypatch,
     line = str(refused.value)
     assert "\n" not in line and ("none" in text or "must" in line)
     if text in OTHERS[:6] or text in ("skip:", "skip:attn:x"):
-        assert "lookup, jacobi, model:DIR, kangaroo:DIR or skip:attn:3,4,mlp:7" in line
+        assert POSSIBLE in line
 
 
 # --------------------------------------------------------------------------------------------------
