@@ -165,29 +165,33 @@ class EarlyExit(Drafter):
 class LookupExit(Drafter):
     """PromptLookup of 3 tokens while its copies hold, else EarlyExit.
 
-    Copies are tried on each round, used or not: of both ways a running mean of the accepted guesses
-    is kept, and copies are used while theirs is not the smaller.
+    Copies are looked at in every round, used or not. Of both ways a running mean of the tokens for
+    each layer that ran is kept, and copies are used while theirs is not the smaller.
     """
 
-    def __init__(self, *context: Any, **exit: Any):
+    def __init__(self, *context: Any, exit_layer: int, head: Callable | None = None):
         super().__init__(*context)
-        self.lookup, self.exit = PromptLookup(*context), EarlyExit(*context, **exit)
+        self.lookup, self.copy = PromptLookup(*context), list[int]()
         self.lookup.lengths = (3,)
-        self.copy: list[int] = []
-        self.copied, self.foreseen = float(MAX_ROWS), 1.0  # means of accepted guesses
+        self.exit = EarlyExit(*context, exit_layer=exit_layer, head=head)
+        self.layers = self.model.config.n_layers
+        self.copied, self.foreseen = float(MAX_ROWS), 2 / self.layers  # tokens a layer
 
     def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
         self.copy, _ = self.lookup.draft(tokens, limit, pick)
-        self.copying = bool(self.copy) and self.copied >= self.foreseen
-        return (self.copy, 0) if self.copying else self.exit.draft(tokens, limit, pick)
+        self.guesses, e = self.copy, 0
+        if not self.copy or self.copied < self.foreseen:
+            self.guesses, e = self.exit.draft(tokens, limit, pick)
+        return self.guesses, e
 
     def verified(self, tokens: list[int], emitted: list[int], logits: Tensor, pick: Pick) -> None:
         if self.copy:
             same = [a == b for a, b in zip(self.copy, emitted)]
             held = same.index(False) if False in same else len(self.copy)
-            self.copied += (held - self.copied) / 8
-        if not self.copying:
-            self.foreseen += (len(emitted) - 1 - self.foreseen) / 8
+            self.copied += ((held + 1) / self.layers - self.copied) / 8
+        if self.guesses is not self.copy:
+            ran = self.layers + len(self.guesses) * self.exit.exit_layer
+            self.foreseen += (len(emitted) / ran - self.foreseen) / 8
 
 
 class Jacobi(Drafter):
