@@ -23,7 +23,7 @@ and speculation run alike.
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -52,14 +52,14 @@ def pack(model: Llama) -> Llama:
     """
     if isinstance(model.lm_head, RowLinear):
         return model
-    probed: dict = {}  # one trial per shape of weight
+    product = partial(RowLinear, {})
     for layer in model.model.layers:
-        layer.self_attn = PackedAttention(layer.self_attn, probed)
-        layer.mlp = PackedMLP(layer.mlp, probed)
+        layer.self_attn = PackedAttention(layer.self_attn, product)
+        layer.mlp = PackedMLP(layer.mlp, product)
         layer.input_layernorm = PackedNorm(layer.input_layernorm)
         layer.post_attention_layernorm = PackedNorm(layer.post_attention_layernorm)
     model.model.norm = PackedNorm(model.model.norm)
-    head = RowLinear(probed, model.lm_head)
+    head = product(model.lm_head)
     del model.lm_head
     model.lm_head = head  # type: ignore[assignment]
     model.row_attention = RowAttention
@@ -101,7 +101,7 @@ class RowLinear:
     """x (T, in) -> (T, out): one or several linear layers of the same input, as one exact product.
 
     min_rows is what safe_rows found: 1, any pass will do; M, shorter passes are padded up to M
-    rows; 0, each row runs alone.
+    rows; 0, each row runs alone. `probed` holds what it found for weights of one shape.
     """
 
     SMALL = 1 << 20  # bytes of a weight up to which calling oneDNN costs more than it saves
@@ -249,13 +249,16 @@ class PackedNorm(RMSNorm):
 
 
 class PackedAttention(Attention):
-    """Attention with q, k and v in one product, and q and k in one rotation."""
+    """Attention with q, k and v in one product, and q and k in one rotation.
 
-    def __init__(self, a: Attention, probed: dict):
+    `product` makes one product of linear layers with the same input, such as RowLinear.
+    """
+
+    def __init__(self, a: Attention, product: Callable):
         nn.Module.__init__(self)  # not Attention's, which would make plain weights
         self.n_heads, self.n_kv_heads, self.head_dim = a.n_heads, a.n_kv_heads, a.head_dim
-        self.qkv_proj = RowLinear(probed, a.q_proj, a.k_proj, a.v_proj)
-        self.o_proj = RowLinear(probed, a.o_proj)  # type: ignore[assignment]
+        self.qkv_proj = product(a.q_proj, a.k_proj, a.v_proj)
+        self.o_proj = product(a.o_proj)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
@@ -267,10 +270,10 @@ class PackedAttention(Attention):
 class PackedMLP(MLP):
     """MLP with gate and up in one product."""
 
-    def __init__(self, m: MLP, probed: dict):
+    def __init__(self, m: MLP, product: Callable):
         nn.Module.__init__(self)
-        self.gate_up_proj = RowLinear(probed, m.gate_proj, m.up_proj)
-        self.down_proj = RowLinear(probed, m.down_proj)  # type: ignore[assignment]
+        self.gate_up_proj = product(m.gate_proj, m.up_proj)
+        self.down_proj = product(m.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, -1)

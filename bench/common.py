@@ -1,15 +1,11 @@
-"""What the measurements share: a model and its prompts, turns, tables, other processes."""
+"""What the measurements share: a model and its prompts, turns, tables."""
 
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
-from subprocess import PIPE, Popen
 from typing import Any
 
 import torch
@@ -19,24 +15,22 @@ from command import Run, default_settings, run
 from data import held_out_prompts
 from decode import check_request, generate
 from exact import pack
+from extras.compiled import compile_model
 from model import Config, Llama, load_checkpoint, read_config
 from tokenizer import Tokenizer
 
 SHAPES = {
     "8m": Config(2048, 192, 384, 24, 3, 1, 64, tied=True),  # the shipped checkpoint
-    "15m": Config(32000, 288, 768, 6, 6, 6, 48, tied=True),  # llama2.c's stories15M
     "135m": Config(49152, 576, 1536, 30, 9, 3, 64, tied=True),  # SmolLM
-    "360m": Config(49152, 960, 2560, 32, 15, 5, 64, tied=True),
     "1b": Config(128256, 2048, 8192, 16, 32, 8, 64, tied=True),  # Llama 3.2
     "8b": Config(128256, 4096, 14336, 32, 32, 8, 128),  # Llama 3.1
 }
-ROOT = Path(__file__).parents[1]
 Works = dict[str, Callable[[], Any]]  # what takes turns
 Table = tuple[str, list[dict]]  # title, rows {column: value}
 
 
 def target(args: Namespace, part: int = 0) -> Namespace:
-    """The options, with name, load(dtype), settings of generate and prompts for what they ask.
+    """The options, and the name, load(dtype), settings and prompts that they ask for.
 
     Settings are chosen on held-out prompts of part 1 and shown on those of part 0. Random weights
     are never sure: no confidence. Raises ValueError for settings that cannot be.
@@ -58,12 +52,11 @@ def target(args: Namespace, part: int = 0) -> Namespace:
     return Namespace(**vars(args) | more, load=partial(load, device=args.device))
 
 
-def title(t: Namespace, *more: object) -> str:
+def title(t: Namespace, *more: str) -> str:
     """What a table is of."""
     drafts = "exit {exit_layer}, draft {draft_len}, confidence {min_confidence}"
     size = f"{len(t.prompts)} prompts x {t.tokens} tokens, medians of {t.runs} turns"
-    dtype, drafts = str(t.dtype).removeprefix("torch."), drafts.format(**t.settings)
-    return ", ".join([t.name, dtype, drafts, size, *map(str, more)])
+    return ", ".join([t.name, str(t.dtype)[6:], drafts.format(**t.settings), size, *more])
 
 
 def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Llama:
@@ -81,11 +74,7 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Ll
 
 def engine(t: Namespace, model: Llama, compiled: bool) -> Llama:
     """The decoding model: packed or, which takes a while, compiled."""
-    if not compiled:
-        return pack(model)
-    from extras.compiled import compile_model
-
-    return compile_model(model, t.settings["exit_layer"])
+    return compile_model(model, t.settings["exit_layer"]) if compiled else pack(model)
 
 
 def decode_all(model: Llama, prompts: list[list[int]], count: int, **settings: Any) -> Run:
@@ -93,10 +82,7 @@ def decode_all(model: Llama, prompts: list[list[int]], count: int, **settings: A
     total = Run()
     for number, prompt in enumerate(prompts):
         own = {k: v[number] if isinstance(v, list) else v for k, v in settings.items()}
-        one = run(generate(model, prompt, max_new_tokens=count, eos=(), **own))
-        total.ids += one.ids
-        total.rounds += one.rounds
-        total.seconds += one.seconds
+        run(generate(model, prompt, max_new_tokens=count, eos=(), **own), into=total)
     return total
 
 
@@ -113,9 +99,9 @@ def alternate(works: Works, turns: int) -> dict[str, list]:
 def compare(
     works: Works, turns: int, same: dict[str, str], base: str = "plain", equal: str = "identical"
 ) -> list[dict]:
-    """A row for each way of making tokens, a function that returns a Run.
+    """A row for each way of making tokens, which returns a Run.
 
-    Speedups are ratios, turn by turn, to the fastest way with `base` in its name. The column
+    A speedup is the ratio, turn by turn, to the fastest way with `base` in its name. The column
     `equal` says whether the tokens are those of the way same[name].
     """
     runs = alternate(works, turns)
@@ -124,18 +110,13 @@ def compare(
     rows = []
     for name, found in runs.items():
         last, other = found[-1], runs.get(same.get(name, ""))
-        row: dict = {"way": name, "tokens/s": spread(speeds[name])}
-        row["speedup"] = spread([a / b for a, b in zip(speeds[name], fastest)])
+        row: dict = {"way": name, "tokens/s": speeds[name]}
+        row["speedup"] = [a / b for a, b in zip(speeds[name], fastest)]
         row["accepted"] = last.acceptance
         row["tokens per round"] = len(last.ids) / len(last.rounds) if last.rounds else None
         row[equal] = all(a.ids == b.ids for a, b in zip(found, other)) if other else None
         rows.append(row)
     return rows
-
-
-def spread(values: list[float]) -> list[float]:
-    """Median, lowest and highest of repeated measurements."""
-    return [median(values), min(values), max(values)]
 
 
 def markdown(title: str, rows: list[dict]) -> str:
@@ -149,9 +130,9 @@ def markdown(title: str, rows: list[dict]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as text."""
+    """A value as text; a list of measurements as its median (lowest to highest)."""
     if isinstance(value, list):
-        return "{} ({} to {})".format(*map(shown, value))
+        return f"{shown(median(value))} ({shown(min(value))} to {shown(max(value))})"
     if isinstance(value, float):
         return f"{value:.2f}" if value < 100 else f"{value:.0f}"
     return {"True": "yes", "False": "NO", "None": ""}.get(str(value), str(value))
@@ -164,37 +145,7 @@ def progress(text: str) -> None:
 
 
 def installed(package: str) -> bool:
-    """Whether an optional package is there; says so where it is not."""
+    """Whether an optional package is there; one line says so where it is not."""
     if not find_spec(package):
-        print(f"bench: {package} is not installed: a row is missing", file=sys.stderr)
+        print(f"bench: {package} is not installed: its rows are missing", file=sys.stderr)
     return bool(find_spec(package))
-
-
-SERVE = """
-for line in sys.stdin:
-    print(json.dumps(answer(*json.loads(line))), flush=True)
-"""
-
-
-def child(stack: ExitStack, folder: Path, code: str, *given: Any) -> Callable[..., Run]:
-    """ask(*request) -> Run by a Python process in a folder, which ends with the stack.
-
-    `code` defines answer(*request) -> tokens, seconds; sys.argv[1:] is `given`; all in JSON. Raises
-    ValueError when the process has ended.
-    """
-    code = "import json, os, sys, time\n" + code + SERVE
-    command = [sys.executable, "-c", code, *map(json.dumps, given)]
-    how: dict = dict(stdin=PIPE, stdout=PIPE, text=True, start_new_session=True)  # no Ctrl-C there
-    process: Any = Popen(command, cwd=folder, **how)
-    stack.callback(process.communicate)
-    stack.callback(process.kill)
-
-    def ask(*request: Any) -> Run:
-        try:
-            print(json.dumps(request), file=process.stdin, flush=True)
-            tokens, seconds = json.loads(process.stdout.readline())
-        except (BrokenPipeError, json.JSONDecodeError):
-            raise ValueError("a process has ended; its last lines, above, say why") from None
-        return Run(tokens, [], seconds)
-
-    return ask

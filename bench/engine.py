@@ -8,9 +8,11 @@ from timeit import timeit
 
 import torch
 
-from bench.common import Table, Works, alternate, decode_all, engine, progress, target, title
+from bench.common import Table, Works, alternate, decode_all, engine, target, title
 from decode import Round, Sampling, draft, gumbel, new_cache, next_token, verify
-from model import Config, Llama
+from model import Llama
+
+DAMPINGS = 0.4, 0.2, 0.05  # of `ideal`: some 60, 80 and 95% of the guesses are right
 
 
 @torch.inference_mode()
@@ -19,7 +21,7 @@ def pass_seconds(
 ) -> dict[str, float]:
     """Median seconds of a plain step, a draft and its verification, choice of tokens included.
 
-    After `context` live positions; and of `others`, in the same turns.
+    They run after `context` live positions. `others` take turns with them.
     """
     exit_layer, d = settings["exit_layer"], settings["draft_len"]
     cache = new_cache(model.config, context + d + 1, d, model.dtype, model.device)
@@ -45,33 +47,32 @@ def pass_seconds(
     return {name: median(values) for name, values in alternate(works, turns).items()}
 
 
-def pass_bytes(c: Config, layers: int, positions: int, itemsize: int) -> int:
+def pass_bytes(model: Llama, layers: int, positions: int) -> int:
     """What a pass through `layers` layers and the head reads: weights once, and the live cache."""
-    with torch.device("meta"):
-        model = Llama(c)
-    parts = [*model.model.layers[:layers], model.model.norm, model.lm_head]
+    c, parts = model.config, [*model.model.layers[:layers], model.model.norm, model.lm_head]
     weights = sum(p.numel() for part in parts for p in part.parameters())
-    return itemsize * (weights + 2 * layers * c.n_kv_heads * c.head_dim * positions)
+    return model.dtype.itemsize * (weights + 2 * layers * c.n_kv_heads * c.head_dim * positions)
 
 
 def roofline(args: Namespace) -> list[Table]:
     """Bytes that a plain step, a draft and a verification must read, against the read bandwidth.
 
-    That is of a buffer of the model's size, up to 1 GiB: a small model lives in the processor's
-    cache. A draft runs a row more than it guesses, without the head.
+    The bandwidth is that of a buffer of the model's size, up to 1 GiB: a small model lives in the
+    processor's cache. A draft runs a row more than it guesses, without the head.
     """
     t = target(args)
     exit_layer, d, context = t.settings["exit_layer"], t.settings["draft_len"], len(t.prompts[0])
-    model = engine(t, t.load(t.dtype), t.compile)
-    read = partial(pass_bytes, model.config, itemsize=model.dtype.itemsize)
-    layers, head, end = model.config.n_layers, read(0, 0), context + d + 1
+    model, end = t.load(t.dtype), context + d + 1
+    read = partial(pass_bytes, model)
+    layers, head = model.config.n_layers, read(0, 0)
     must = {
         "plain": read(layers, context + 1),
         "draft": (d + 1) * read(exit_layer, context + d // 2) - head,
         "verify": read(layers, end) - read(exit_layer, end) + head,
     }
-    x = torch.ones(-(-min(must["plain"], 1 << 30) >> 14), 1 << 12, device=t.device)
+    x = torch.ones(min(must["plain"], 2**30) // (4 * 4096) + 1, 4096, device=t.device)
     reads = dict(sums=lambda: x.sum().item(), products=lambda: torch.mv(x, x[0])[0].item())
+    model = engine(t, model, t.compile)
     taken = pass_seconds(model, context, t.settings, Sampling(), t.runs, **reads)
     bandwidth = x.nbytes / min(taken[name] for name in reads)
     rows = []
@@ -97,58 +98,38 @@ def accepted_each(rounds: list[Round]) -> float:
     return accepted / (accepted + sum(r.accepted < len(r.drafted) for r in rounds))
 
 
-def find_damping(acceptance: Callable[[float], float], wanted: float) -> float:
-    """Where acceptance(damping), which falls as damping grows, is as wanted; from 2^-10 to 4."""
-    low, high = 2.0**-10, 4.0
-    for _ in range(8):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if acceptance(middle) > wanted else (low, middle)
-    return low
-
-
 def ideal(args: Namespace) -> list[Table]:
-    """Speedup against the ideal one at set acceptances, on random weights, sampled.
+    """Measured speedup against the ideal one, at several acceptances, on random weights, sampled.
 
-    Layers above the exit add `damping` times what they would, so that the exit foresees as much as
-    is wanted. Costs are of passes timed alone, in plain steps. Prefill does not count, nor do
-    rounds cut short at the end of a text.
+    Layers above the exit add `damping` times what they would: less damping, fewer right guesses.
+    Costs are of passes timed alone, in plain steps. Prefill does not count, nor do rounds cut
+    short at the end of a text.
     """
-    args.shape = args.shape or "1b"
     t = target(args)
-    return [(title(t), [ideal_row(t, alpha) for alpha in t.alphas])]
+    return [(title(t), [ideal_row(t, damping) for damping in DAMPINGS])]
 
 
-def ideal_row(t: Namespace, wanted: float) -> dict:
-    """What an acceptance promises, and what is measured."""
-    model, d, sampling = t.load(t.dtype), t.settings["draft_len"], Sampling(1.0)
-    decoded = partial(decode_all, count=t.tokens, sampling=sampling)
-    late = model.model.layers[t.settings["exit_layer"] :]
-    weights = [w.data for l in late for w in (l.self_attn.o_proj.weight, l.mlp.down_proj.weight)]
-    whole = [weight.clone() for weight in weights]
-
-    def acceptance(damping: float) -> float:
-        progress(f"{t.name}, acceptance {wanted}: trying damping {damping:g}")
-        for weight, kept in zip(weights, whole):
-            weight.copy_(kept * damping)
-        return accepted_each(decoded(model, t.prompts[:2], **t.settings).rounds)
-
-    damping = find_damping(acceptance, wanted)
-    acceptance(damping)
+def ideal_row(t: Namespace, damping: float) -> dict:
+    """What the acceptance under this damping promises, and what is measured."""
+    model, sampling, d = t.load(t.dtype), Sampling(1.0), t.settings["draft_len"]
+    for layer in model.model.layers[t.settings["exit_layer"] :]:
+        layer.self_attn.o_proj.weight.data *= damping
+        layer.mlp.down_proj.weight.data *= damping
     model, context = engine(t, model, t.compile), len(t.prompts[0]) + t.tokens // 2
-    costs, speedups, same = [], [], True
-    for _ in range(t.runs):
-        taken = pass_seconds(model, context, t.settings, sampling, turns=5)
-        costs.append([taken[name] / taken["plain"] for name in ("draft", "verify")])
-        plain, drafted = decoded(model, t.prompts), decoded(model, t.prompts, **t.settings)
+    taken = pass_seconds(model, context, t.settings, sampling, turns=5 * t.runs)
+    c_draft, c_verify = (taken[name] / taken["plain"] for name in ("draft", "verify"))
+    plain = partial(decode_all, model, t.prompts, t.tokens, sampling=sampling)
+    works: Works = {"plain": plain, "drafted": partial(plain, **t.settings)}
+    pairs = list(zip(*alternate(works, t.runs).values()))
+    speedups = []
+    for full, drafted in pairs:
         rounds = [r for r in drafted.rounds if len(r.drafted) == d]
-        speedups.append(seconds_a_token(plain.rounds) / seconds_a_token(rounds))
-        same = same and plain.ids == drafted.ids
-    c_draft, c_verify = map(median, zip(*costs))
+        speedups.append(seconds_a_token(full.rounds) / seconds_a_token(rounds))
     alpha, measured = accepted_each(rounds), median(speedups)
     promised = ideal_speedup(alpha, d, c_draft, c_verify)
-    row = dict(wanted=wanted, damping=damping, alpha=alpha, c_draft=c_draft, c_verify=c_verify)
+    row = dict(damping=damping, alpha=alpha, c_draft=c_draft, c_verify=c_verify)
     row |= {"measured": measured, "ideal": promised, "measured / ideal": measured / promised}
-    return row | {"identical": same}
+    return row | {"identical": all(full.ids == drafted.ids for full, drafted in pairs)}
 
 
 def seconds_a_token(rounds: list[Round]) -> float:

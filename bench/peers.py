@@ -4,32 +4,22 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from timeit import timeit
 
 import torch
 from torch import Tensor
 
-from bench.common import (
-    ROOT,
-    Table,
-    Works,
-    child,
-    compare,
-    decode_all,
-    engine,
-    installed,
-    target,
-    title,
-)
+import runs
+from bench.common import Table, Works, compare, decode_all, engine, installed, target, title
 from checkpoint import read_checkpoint
 from command import Run
-from exact import auto_dtype
 from model import Llama, rotary_frequencies, save_checkpoint
+from train import Trainer, parser
 
 One = Callable[[list[int], int], list[int]]  # one(prompt, count) -> new tokens
 
@@ -37,32 +27,30 @@ One = Callable[[list[int], int], list[int]]  # one(prompt, count) -> new tokens
 def peers(args: Namespace) -> list[Table]:
     """transformers, plain and assistant_early_exit, and llama.cpp on the same weights and prompts.
 
-    Greedy, with the same type, threads and draft, the prompt's time included. Drafted text is
-    compared with the same program's plain text, plain text with this code's. Exits of random
-    weights foresee nothing: those decode plainly.
+    Greedy, with the same type, threads and draft. The prompt's time counts. Drafted text is
+    compared with the same program's plain text, plain text with this code's. Random weights decode
+    plainly: their exits foresee nothing.
     """
     t = target(args)
-    ways, model = {}, t.load(t.dtype)
+    kinds: dict[str, dict] = {"plain": {}} if t.shape else {"plain": {}, "drafted": t.settings}
+    model, works, how = t.load(t.dtype), Works(), dict(prompts=t.prompts, count=t.tokens)
+    for compiled in ["", ", compiled"] if t.compile else [""]:
+        ours = partial(decode_all, engine(t, t.load(t.dtype), bool(compiled)), **how)
+        works |= {f"this code, {kind}{compiled}": partial(ours, **s) for kind, s in kinds.items()}
     with tempfile.TemporaryDirectory() as name:  # what is loaded from it outlives it
         folder = Path(name)
         if installed("transformers"):
             save_checkpoint(model, folder)
-            ways["transformers, plain"] = partial(timed, transformers_of(folder, t, {}))
-            ways["transformers, drafted"] = partial(timed, transformers_of(folder, t, t.settings))
+            for kind, settings in kinds.items():
+                one = transformers_of(folder, t, settings)
+                works[f"transformers, {kind}"] = partial(timed, one, **how)
         if t.device.type == "cpu" and installed("llama_cpp") and installed("gguf"):
             write_gguf(model, folder / "gguf")
             length = max(map(len, t.prompts)) + t.tokens
-            ways["llama.cpp, plain"] = partial(timed, llama_cpp_of(folder / "gguf", length))
-    for how in ("", ", compiled")[: 1 + t.compile]:
-        ours = partial(decode_all, engine(t, t.load(t.dtype), bool(how)))
-        ways[f"this code, plain{how}"] = ours
-        ways[f"this code, drafted{how}"] = partial(ours, **t.settings)
-    works: Works = {}
-    for name, way in ways.items():
-        if "plain" in name or not t.shape:
-            works[name] = partial(way, prompts=t.prompts, count=t.tokens)
-    same = {name: name.replace("drafted", "plain") for name in works}
-    same |= {name: "this code, plain" for name in works if name.endswith("plain")}
+            one = llama_cpp_of(folder / "gguf", length)
+            works["llama.cpp, plain"] = partial(timed, one, **how)
+    same = dict.fromkeys(works, "this code, plain")
+    same |= {name: name.replace("drafted", "plain") for name in works if "drafted" in name}
     return [(title(t), compare(works, t.runs, same, equal="same text"))]
 
 
@@ -116,11 +104,12 @@ def write_gguf(model: Llama, file: Path) -> None:
     """
     c, gguf = model.config, import_module("gguf")
     writer = gguf.GGUFWriter(file, "llama")
-    keys = dict(tokenizer_model="no_vocab", vocab_size=c.vocab_size, context_length=c.max_len)
+    keys: dict = dict(tokenizer_model="no_vocab", layer_norm_rms_eps=c.norm_eps)
+    keys |= dict(vocab_size=c.vocab_size, context_length=c.max_len)
     keys |= dict(embedding_length=c.dim, feed_forward_length=c.hidden_dim, block_count=c.n_layers)
     keys |= dict(head_count=c.n_heads, head_count_kv=c.n_kv_heads, rope_freq_base=c.rope_theta)
     keys |= dict.fromkeys(("key_length", "value_length", "rope_dimension_count"), c.head_dim)
-    for key, value in {**keys, "layer_norm_rms_eps": c.norm_eps}.items():
+    for key, value in keys.items():
         getattr(writer, f"add_{key}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.n_layers)
     tensors = {names.get_name(n, (".weight",)): p.detach() for n, p in model.named_parameters()}
@@ -131,8 +120,8 @@ def write_gguf(model: Llama, file: Path) -> None:
         if name.endswith(("attn_q.weight", "attn_k.weight")):
             x = pairs_together(x, c.head_dim)
         if x.dim() > 1 and x.dtype == torch.bfloat16:  # NumPy has no such type: bytes
-            data, kind = x.view(torch.uint8).numpy(), gguf.GGMLQuantizationType.BF16
-            writer.add_tensor(name, data, raw_dtype=kind)
+            bf16 = gguf.GGMLQuantizationType.BF16
+            writer.add_tensor(name, x.view(torch.uint8).numpy(), raw_dtype=bf16)
         else:
             writer.add_tensor(name, x.float().numpy())
     writer.write_header_to_file()
@@ -147,63 +136,61 @@ def pairs_together(weight: Tensor, head_dim: int) -> Tensor:
 
 
 STEPS, BATCH, LENGTH = 10, 8, 512  # of a turn
-CODE = """
-from timeit import timeit
-from bench.peers import BATCH, LENGTH, STEPS, step_of
-
-step = step_of(*map(json.loads, sys.argv[1:]))
-
-def answer():
-    return [0] * (STEPS * BATCH * LENGTH), timeit(step, number=STEPS)
-"""
 
 
 def train(args: Namespace) -> list[Table]:
     """Training by the recipes plain and layerskip, and of transformers' Llama in a plain loop.
 
-    The same shape, batch, AdamW, and bfloat16 autocast where the hardware has it. Each has a
-    process of its own; one runs at a time.
+    The same shape, batch, AdamW, and bfloat16 autocast where the hardware has it.
     """
-    names = ["transformers"] * installed("transformers") + ["plain", "layerskip"]
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        given = str(args.ckpt.resolve()), folder, args.compile
-        works: Works = {name: child(stack, ROOT, CODE, name, *given) for name in names}
-        rows = compare(works, args.runs, {}, base=names[0])
+    steps: dict[str, Callable[[], object]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if installed("transformers"):
+            steps["transformers"] = transformers_step(args)
+        for recipe in ("plain", "layerskip"):
+            steps[recipe] = recipe_step(args, recipe, Path(folder))
+        works: Works = {name: partial(timed_steps, step) for name, step in steps.items()}
+        first = next(iter(works))
+        rows = compare(works, args.runs, {}, base=first)
     about = f"{args.ckpt.name}, batches of {BATCH} x {LENGTH}{', compiled' * args.compile}"
-    return [(f"{about}, medians of {args.runs} turns, speedup against {names[0]}", rows)]
+    return [(f"{about}, medians of {args.runs} turns, speedup against {first}", rows)]
 
 
-def step_of(name: str, ckpt: str, folder: str, compiled: bool) -> Callable[[], object]:
-    """A step of train.py with this recipe or, for "transformers", of its Llama in a plain loop."""
-    if name != "transformers":
-        from runs import Run as Folder
-        from train import Trainer, parser
+def timed_steps(step: Callable[[], object]) -> Run:
+    """A turn of steps as a Run: so many tokens, and the seconds that they take."""
+    return Run([0] * (STEPS * BATCH * LENGTH), [], timeit(step, number=STEPS))
 
-        text = Path(folder, f"{name}.txt")
-        text.write_text(9 * (ROOT / "README.md").read_text())  # what is learned does not matter
-        options = ["--recipe", name, "--init", ckpt, "--out", f"{folder}/{name}"]
-        options += ["--data", str(text), "--batch", str(BATCH), "--seq", str(LENGTH)]
-        options += ["--steps", "100000"]
-        trainer = Trainer(parser().parse_args(options), Folder(f"{folder}/{name}", ckpt))
-        if compiled:
-            trainer.compile()
-        return trainer.train_step
+
+def recipe_step(args: Namespace, recipe: str, folder: Path) -> Callable[[], object]:
+    """One step of train.py with this recipe, in a directory of `folder`."""
+    out, text = str(folder / recipe), folder / "text.txt"
+    text.write_text(20 * Path(__file__).read_text())  # what is learned does not matter
+    options = ["--recipe", recipe, "--init", str(args.ckpt), "--out", out, "--data", str(text)]
+    options += ["--batch", str(BATCH), "--seq", str(LENGTH), "--steps", "100000"]
+    trainer = Trainer(parser().parse_args(options), runs.Run(out, args.ckpt))
+    if args.compile:
+        trainer.compile()
+    return trainer.train_step
+
+
+def transformers_step(args: Namespace) -> Callable[[], object]:
+    """One step of a plain training loop over transformers' Llama."""
     import transformers
 
-    config = transformers.LlamaConfig(**read_checkpoint(ckpt)[0])
-    model = transformers.LlamaForCausalLM(config)
-    ids = torch.randint(config.vocab_size, (BATCH, LENGTH))
-    narrow = auto_dtype(torch.device("cpu")) == torch.bfloat16
+    config = transformers.LlamaConfig(**read_checkpoint(args.ckpt)[0])
+    model = transformers.LlamaForCausalLM(config).to(args.device)
+    ids = torch.randint(config.vocab_size, (BATCH, LENGTH), device=args.device)
+    narrow = args.dtype == torch.bfloat16
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    forward = torch.compile(model) if compiled else model
+    forward = torch.compile(model) if args.compile else model
 
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+    def step() -> float:
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=narrow):
             loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return loss.item()  # waits for a GPU, as train.py does
 
     return step
