@@ -1,73 +1,110 @@
 """Compiled decoding (`decode.py --compile`): layers as graphs of TorchInductor, with the same law.
 
 The layers below the exit are one graph and those above it another, so a token goes through the same
-code whoever drafts, and nothing is fused across the exit. A graph is made for one row and for ROWS
-rows; a longer pass is cut, a shorter one is filled up with copies of its last row. Weights are
-constants of a graph (freezing), and products are those of Inductor's own C++ template, which sums a
-row in the same order in either graph. Cache, mask and positions are inputs: a graph has no state.
+code whoever drafts, and nothing is fused across the exit. A graph takes any number of rows up to a
+limit; a longer pass is cut. Weights are constants of a graph (freezing), and products are those of
+Inductor's own C++ template, which sums a row in the same order whatever the number of rows. Cache
+and positions are inputs: a graph has no state.
 
-Graphs are made by torch.export, whose calls have no guards to check. float64 has no template.
+Graphs are compiled ahead of time (torch.export, AOTInductor) and kept in Inductor's cache directory
+for the next process. float64 has no template.
 """
 
+import hashlib
 import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.export import Dim
 
+import model as core
 from cache import KVQCache
 from decode import new_cache
-from exact import MAX_ROWS, causal_line
+from exact import MAX_ROWS, PackedAttention, PackedMLP, causal_line
 from model import Layer, Llama
 
-ROWS = 4  # rows of the larger graph: as many as a product takes in the time of one
-
+ROWS = {torch.bfloat16: 4, torch.float32: 8}  # up to which a product takes less than two passes
 OPTIONS = {
     "freezing": True,
     "max_autotune": True,
     "max_autotune_gemm_backends": "CPP",
     "emulate_precision_casts": True,  # round where PyTorch does, however operations are fused
-    "cpp_wrapper": True,  # call the kernels from C++
 }
+
+# --------------------------------------
+# What is compiled
+
+
+def joined(*layers: nn.Linear) -> nn.Linear:
+    """Linear layers of the same input as one."""
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    one = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    one.weight = nn.Parameter(weight, requires_grad=False)
+    return one
+
+
+class JoinedMLP(PackedMLP):
+    """MLP with gate and up in one product; silu keeps rows apart in a compiled loop."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class JoinedLayer(Layer):
+    """A layer of four products in place of seven."""
+
+    def __init__(self, layer: Layer):
+        nn.Module.__init__(self)  # not Layer's, which would make weights
+        self.input_layernorm = layer.input_layernorm
+        self.post_attention_layernorm = layer.post_attention_layernorm
+        self.self_attn = PackedAttention(layer.self_attn, joined)
+        self.mlp = JoinedMLP(layer.mlp, joined)
 
 
 class Layers(nn.Module):
-    """Some layers on rows h (T, dim), over their keys and values (Hkv, max_len, hd) each."""
+    """Some layers on rows h (T, dim) at positions (T,), over keys and values (Hkv, max_len, hd).
 
-    def __init__(self, layers: list[Layer]):
+    cos and sin (T, 1, hd). view (S,) is zeros, as many as positions that the rows see.
+    """
+
+    def __init__(self, layers: nn.ModuleList):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(map(JoinedLayer, layers))
 
     def forward(
         self,
         h: Tensor,
         cos: Tensor,
         sin: Tensor,
-        positions: Tensor,  # (T,)
-        mask: Tensor,  # (T, 1, 1, S)
+        positions: Tensor,
+        view: Tensor,
         keys: list[Tensor],
         values: list[Tensor],
     ) -> Tensor:
+        size = view.shape[0]
+        later = torch.arange(size) > positions[:, None]
+        mask = view.masked_fill(later, float("-inf"))[:, None, None]  # (T, 1, 1, S)
         for layer, all_k, all_v in zip(self.layers, keys, values):
 
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 all_k.index_copy_(1, positions, k.transpose(0, 1))
                 all_v.index_copy_(1, positions, v.transpose(0, 1))
-                rows, heads, groups = q.shape[0], q.shape[1], k.shape[1]
-                # As in exact.RowAttention: heads in eights, and never one small product alone.
+                (rows, heads, _), groups = q.shape, k.shape[1]
+                # As in exact.RowAttention: rows are a batch, and heads come in eights.
                 q = F.pad(q.unflatten(1, (groups, -1)), (0, 0, 0, -(heads // groups) % 8))
-                count = max(rows, 2 if groups == 1 else 1)
-                q, k, v = (
-                    x.expand(count, -1, -1, -1)
-                    for x in (q, all_k[:, : mask.shape[-1]], all_v[:, : mask.shape[-1]])
-                )
+                k, v = (x[:, :size].expand(rows, -1, -1, -1) for x in (all_k, all_v))
                 mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-                return mixed[:rows, :, : heads // groups].flatten(1, 2)
+                return mixed[:, :, : heads // groups].flatten(1, 2)
 
             h = layer(h, cos, sin, attend)
         return h
@@ -84,15 +121,25 @@ class Unembed(nn.Module):
         return self.head(self.norm(h))
 
 
-def make_graph(module: nn.Module, inputs: tuple, dynamic: tuple) -> Callable:
-    """The module compiled for inputs like these. `dynamic` names the sizes that may differ."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
-        found = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
-        weights = len(found) - len(torch.utils._pytree.tree_leaves(inputs))
-        compiled = torch._inductor.compile(program.module(), found[weights:], options=OPTIONS)
-    return compiled
+# --------------------------------------
+# Graphs in a model's place
+
+
+def make_graph(file: Path, module: nn.Module, inputs: tuple, dynamic: tuple) -> Callable:
+    """The module compiled for inputs like these, from `file` or into it: tensors -> tensors.
+
+    `dynamic` names the sizes that may differ.
+    """
+    if not file.exists():
+        print(f"compiling {file.stem}, once for these weights", file=sys.stderr, flush=True)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
+            aside = str(file.with_name(f"{os.getpid()}.pt2"))
+            options: Any = dict(package_path=aside, inductor_configs=OPTIONS)
+            torch._inductor.aoti_compile_and_package(program, **options)
+        os.replace(aside, file)
+    return torch._inductor.aoti_load_package(str(file)).loader.run
 
 
 class Graphs:
@@ -100,33 +147,28 @@ class Graphs:
 
     def __init__(self, model: Llama, cuts: list[int]):
         self.model, self.cuts, self.plain = model, cuts, model.run_layers
-        self.layers: dict[tuple[int, int], Callable] = {}  # by first layer and number of rows
-        self.unembeds: dict[int, Callable] = {}  # by number of rows
-        cache = new_cache(model.config, 128, 1, model.dtype, model.device)
-        longest, view = torch.export.Dim("max_len"), torch.export.Dim("view")
-        total, done = 2 * len(cuts), 0
-        for rows in (1, ROWS):
-            for first, last in pairwise(cuts):
-                module = Layers(list(model.model.layers[first:last]))
-                h = torch.zeros(rows, model.config.dim, dtype=model.dtype)
-                inputs = (h, *self.places(cache, 0, rows, 64), *self.store(cache, first, last))
-                each = [{1: longest}] * (last - first)
-                dynamic = (None, None, None, None, {3: view}, each, each)
-                self.layers[first, rows] = make_graph(module, inputs, dynamic)
-                done += 1
-                progress(done, total)
-            self.unembeds[rows] = make_graph(Unembed(model), (h,), (None,))
-            done += 1
-            progress(done, total)
+        c, self.most = model.config, ROWS[model.dtype]
+        # As in exact.RowAttention: never one row of one key/value head alone.
+        self.least = 2 if c.n_kv_heads == 1 else 1
+        rows, length = {0: Dim("rows", min=self.least, max=self.most)}, {1: Dim("max_len")}
+        folder = Path(cache_dir()) / "layerskip" / fingerprint(model)
+        folder.mkdir(parents=True, exist_ok=True)
+        cache = new_cache(c, 128, 1, model.dtype, model.device)
+        h = torch.zeros(2, c.dim, dtype=model.dtype)
+        self.layers: dict[int, Callable] = {}  # by the first layer
+        for first, last in pairwise(cuts):
+            inputs = (h, *self.places(cache, 0, 2, 64), *self.store(cache, first, last))
+            dynamic = (rows, rows, rows, rows, {0: Dim("view")}, *[[length] * (last - first)] * 2)
+            file = folder / f"layers {first} to {last - 1}.pt2"
+            self.layers[first] = make_graph(
+                file, Layers(model.model.layers[first:last]), inputs, dynamic
+            )
+        self.head = make_graph(folder / "the head.pt2", Unembed(model), (h,), (rows,))
 
     def places(self, cache: KVQCache, start: int, rows: int, view: int) -> tuple[Tensor, ...]:
-        """cos, sin, positions and mask of rows at start..start+T-1 that see `view` positions."""
-        line = causal_line(cache.max_len, cache.keys.dtype, cache.keys.device)
-        middle = cache.max_len - 1
-        masks = [line[middle - p : middle - p + view] for p in range(start, start + rows)]
-        cos, sin = self.model.rotary(start, rows)
-        positions = torch.arange(start, start + rows)
-        return cos.clone(), sin.clone(), positions, torch.stack(masks)[:, None, None]
+        """cos, sin, positions and view of rows at start..start+T-1 that see `view` positions."""
+        zeros = causal_line(cache.max_len, cache.keys.dtype, cache.keys.device)[:view]
+        return *self.model.rotary(start, rows), torch.arange(start, start + rows), zeros
 
     def store(self, cache: KVQCache, first: int, last: int) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values of layers [first, last)."""
@@ -146,40 +188,39 @@ class Graphs:
             )
         out = []
         while len(h):  # in parts that see one length of view
-            end = start + len(h)
             view = cache.view_len(start + 1)
-            rows = min(ROWS, end - start, view - start)
-            part, places = h[:rows], self.places(cache, start, rows, view)
-            size = 1 if rows == 1 else ROWS
-            if rows < size:  # copies of the last row write what it writes
-                part, cos, sin, at, mask = (fill(x, size) for x in (part, *places))
-                places = cos, sin, at, mask
+            rows = min(self.most, len(h), view - start)
+            part, (cos, sin, positions, zeros) = h[:rows], self.places(cache, start, rows, view)
+            part, cos, sin, positions = map(self.widen, (part, cos, sin, positions))
             for a, b in pairwise(within):
-                part = self.layers[a, size](part.contiguous(), *places, *self.store(cache, a, b))
+                keys, values = self.store(cache, a, b)
+                (part,) = self.layers[a]([part, cos, sin, positions, zeros, *keys, *values])
             out.append(part[:rows])
             h, start = h[rows:], start + rows
         return torch.cat(out)
+
+    def widen(self, x: Tensor) -> Tensor:
+        """x (T, ...), or a lone row twice where no graph takes one: it writes the same twice."""
+        return x if len(x) >= self.least else torch.cat([x, x])
 
     def unembed(self, h: Tensor) -> Tensor:
         """Llama.unembed."""
         if h.dim() > 2 or len(h) > MAX_ROWS:
             return self.model.lm_head(self.model.model.norm(h))
-        if len(h) == 1:
-            return self.unembeds[1](h.contiguous())
-        parts = [self.unembeds[ROWS](fill(x, ROWS))[: len(x)] for x in h.split(ROWS)]
-        return torch.cat(parts)
+        parts = h.split(self.most)
+        return torch.cat([self.head([self.widen(part)])[0][: len(part)] for part in parts])
 
 
-def fill(x: Tensor, rows: int) -> Tensor:
-    """x (T, ...) with copies of its last row up to `rows`, contiguous."""
-    missing = rows - len(x)
-    return torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x.contiguous()
-
-
-def progress(done: int, total: int) -> None:
-    """How far compilation is, on stderr."""
-    end = "\n" if done == total or not sys.stderr.isatty() else ""
-    print(f"\rcompiling: {done}/{total} graphs", end=end, file=sys.stderr, flush=True)
+def fingerprint(model: Llama) -> str:
+    """A name for all that graphs depend on: weights, code, PyTorch and the processor."""
+    about = [model.config, model.dtype, torch.__version__, torch.get_num_threads()]
+    about += [torch.cpu.get_capabilities(), OPTIONS, ROWS]
+    digest = hashlib.sha256(repr(about).encode())
+    for code in (__file__, str(core.__file__)):
+        digest.update(Path(code).read_bytes())
+    for p in model.parameters():
+        digest.update(p.detach().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
 
 
 @torch.inference_mode()
@@ -190,7 +231,7 @@ def compile_model(model: Llama, exit_layer: int = 0) -> Llama:
     at several numbers of rows and places. Raises ValueError where they do, and where there is no
     compiler or no such exit.
     """
-    if model.dtype == torch.float64 or model.device.type != "cpu":
+    if model.dtype not in ROWS or model.device.type != "cpu":
         raise ValueError("--compile is for float32 and bfloat16 on a CPU: leave it out")
     if not (os.environ.get("CXX") or shutil.which("c++")):
         raise ValueError("--compile needs a C++ compiler, and there is none called c++")
