@@ -1,10 +1,9 @@
 """Compiled decoding (`decode.py --compile`): layers as graphs of TorchInductor, with the same law.
 
 The layers below the exit are one graph and those above it another, so a token goes through the same
-code whoever drafts, and nothing is fused across the exit. A graph takes any number of rows up to a
-limit; a longer pass is cut. Weights are constants of a graph (freezing), and products are those of
-Inductor's own C++ template, which sums a row in the same order whatever the number of rows. Cache
-and positions are inputs: a graph has no state.
+code whoever drafts. A graph takes up to ROWS rows; a longer pass is cut. Weights are constants of a
+graph (freezing), and products are those of Inductor's own C++ template, which sums a row in the
+same order whatever the number of rows. Cache and positions are inputs: a graph has no state.
 
 Graphs are compiled ahead of time (torch.export, AOTInductor) and kept in Inductor's cache directory
 for the next process. float64 has no template.
@@ -16,6 +15,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from copy import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -47,28 +47,26 @@ OPTIONS = {
 def joined(*layers: nn.Linear) -> nn.Linear:
     """Linear layers of the same input as one."""
     weight = torch.cat([layer.weight.detach() for layer in layers])
-    one = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    one = nn.Linear(weight.shape[1], weight.shape[0], False, device="meta")
     one.weight = nn.Parameter(weight, requires_grad=False)
     return one
 
 
 class JoinedMLP(PackedMLP):
-    """MLP with gate and up in one product; silu keeps rows apart in a compiled loop."""
+    """MLP with gate and up in one product; a compiled silu keeps rows apart by itself."""
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, -1)
         return self.down_proj(F.silu(gate) * up)
 
 
-class JoinedLayer(Layer):
-    """A layer of four products in place of seven."""
-
-    def __init__(self, layer: Layer):
-        nn.Module.__init__(self)  # not Layer's, which would make weights
-        self.input_layernorm = layer.input_layernorm
-        self.post_attention_layernorm = layer.post_attention_layernorm
-        self.self_attn = PackedAttention(layer.self_attn, joined)
-        self.mlp = JoinedMLP(layer.mlp, joined)
+def joined_layer(layer: Layer) -> Layer:
+    """A copy with four products in place of seven."""
+    layer = copy(layer)
+    layer._modules = dict(layer._modules)
+    layer.self_attn = PackedAttention(layer.self_attn, joined)
+    layer.mlp = JoinedMLP(layer.mlp, joined)
+    return layer
 
 
 class Layers(nn.Module):
@@ -77,9 +75,9 @@ class Layers(nn.Module):
     cos and sin (T, 1, hd). view (S,) is zeros, as many as positions that the rows see.
     """
 
-    def __init__(self, layers: nn.ModuleList):
+    def __init__(self, layers: Any):
         super().__init__()
-        self.layers = nn.ModuleList(map(JoinedLayer, layers))
+        self.layers = nn.ModuleList(map(joined_layer, layers))
 
     def forward(
         self,
@@ -110,17 +108,6 @@ class Layers(nn.Module):
         return h
 
 
-class Unembed(nn.Module):
-    """The final norm and the head on rows (T, dim) -> (T, vocab)."""
-
-    def __init__(self, model: Llama):
-        super().__init__()
-        self.norm, self.head = model.model.norm, model.lm_head
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.head(self.norm(h))
-
-
 # --------------------------------------
 # Graphs in a model's place
 
@@ -136,8 +123,9 @@ def make_graph(file: Path, module: nn.Module, inputs: tuple, dynamic: tuple) -> 
             warnings.simplefilter("ignore")
             program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
             aside = str(file.with_name(f"{os.getpid()}.pt2"))
-            options: Any = dict(package_path=aside, inductor_configs=OPTIONS)
-            torch._inductor.aoti_compile_and_package(program, **options)
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=aside, inductor_configs=dict(OPTIONS)
+            )
         os.replace(aside, file)
     return torch._inductor.aoti_load_package(str(file)).loader.run
 
@@ -157,22 +145,18 @@ class Graphs:
         h = torch.zeros(2, c.dim, dtype=model.dtype)
         self.layers: dict[int, Callable] = {}  # by the first layer
         for first, last in pairwise(cuts):
-            inputs = (h, *self.places(cache, 0, 2, 64), *self.store(cache, first, last))
+            store = list(cache.keys[first:last]), list(cache.values[first:last])
+            inputs = (h, *self.places(cache, 0, 2, 64), *store)
             dynamic = (rows, rows, rows, rows, {0: Dim("view")}, *[[length] * (last - first)] * 2)
-            file = folder / f"layers {first} to {last - 1}.pt2"
-            self.layers[first] = make_graph(
-                file, Layers(model.model.layers[first:last]), inputs, dynamic
-            )
-        self.head = make_graph(folder / "the head.pt2", Unembed(model), (h,), (rows,))
+            module, name = Layers(model.model.layers[first:last]), f"layers {first} to {last}"
+            self.layers[first] = make_graph(folder / f"{name}.pt2", module, inputs, dynamic)
+        unembed = nn.Sequential(model.model.norm, model.lm_head)
+        self.head = make_graph(folder / "the head.pt2", unembed, (h,), (rows,))
 
     def places(self, cache: KVQCache, start: int, rows: int, view: int) -> tuple[Tensor, ...]:
         """cos, sin, positions and view of rows at start..start+T-1 that see `view` positions."""
         zeros = causal_line(cache.max_len, cache.keys.dtype, cache.keys.device)[:view]
         return *self.model.rotary(start, rows), torch.arange(start, start + rows), zeros
-
-    def store(self, cache: KVQCache, first: int, last: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of layers [first, last)."""
-        return list(cache.keys[first:last].unbind()), list(cache.values[first:last].unbind())
 
     def run_layers(
         self, h: Tensor, first: int, last: int, cache: KVQCache | None = None, start: int = 0
@@ -182,10 +166,8 @@ class Graphs:
             return self.plain(h, first, last, cache, start)
         within = [cut for cut in self.cuts if first <= cut <= last]
         if within[:1] != [first] or within[-1:] != [last]:
-            raise ValueError(
-                f"the model is compiled for exits after layers {self.cuts[1:-1]}: "
-                f"it cannot run layers {first} to {last}"
-            )
+            exits = f"the model is compiled for exits after layers {self.cuts[1:-1]}"
+            raise ValueError(f"{exits}: it cannot run layers {first} to {last}")
         out = []
         while len(h):  # in parts that see one length of view
             view = cache.view_len(start + 1)
@@ -193,8 +175,8 @@ class Graphs:
             part, (cos, sin, positions, zeros) = h[:rows], self.places(cache, start, rows, view)
             part, cos, sin, positions = map(self.widen, (part, cos, sin, positions))
             for a, b in pairwise(within):
-                keys, values = self.store(cache, a, b)
-                (part,) = self.layers[a]([part, cos, sin, positions, zeros, *keys, *values])
+                store = *cache.keys[a:b], *cache.values[a:b]
+                (part,) = self.layers[a]([part, cos, sin, positions, zeros, *store])
             out.append(part[:rows])
             h, start = h[rows:], start + rows
         return torch.cat(out)
@@ -207,19 +189,17 @@ class Graphs:
         """Llama.unembed."""
         if h.dim() > 2 or len(h) > MAX_ROWS:
             return self.model.lm_head(self.model.model.norm(h))
-        parts = h.split(self.most)
-        return torch.cat([self.head([self.widen(part)])[0][: len(part)] for part in parts])
+        return torch.cat([self.head([self.widen(x)])[0][: len(x)] for x in h.split(self.most)])
 
 
 def fingerprint(model: Llama) -> str:
     """A name for all that graphs depend on: weights, code, PyTorch and the processor."""
-    about = [model.config, model.dtype, torch.__version__, torch.get_num_threads()]
-    about += [torch.cpu.get_capabilities(), OPTIONS, ROWS]
-    digest = hashlib.sha256(repr(about).encode())
+    about = torch.__version__, torch.get_num_threads(), torch.cpu.get_capabilities(), OPTIONS
+    digest = hashlib.sha256(repr((model.config, *about)).encode())
     for code in (__file__, str(core.__file__)):
         digest.update(Path(code).read_bytes())
     for p in model.parameters():
-        digest.update(p.detach().contiguous().view(torch.uint8).numpy())
+        digest.update(p.detach().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 
@@ -227,17 +207,16 @@ def fingerprint(model: Llama) -> str:
 def compile_model(model: Llama, exit_layer: int = 0) -> Llama:
     """Compiles, in place, a model's passes for drafts of exit_layer layers, 0 for none.
 
-    Takes a plain model, not a packed one. That rows do not meet in what the compiler made is tried
-    at several numbers of rows and places. Raises ValueError where they do, and where there is no
-    compiler or no such exit.
+    Takes a plain model, not a packed one. That rows keep apart in what the compiler made is tried.
+    Raises ValueError where they do not, and where there is no compiler or no such exit.
     """
     if model.dtype not in ROWS or model.device.type != "cpu":
         raise ValueError("--compile is for float32 and bfloat16 on a CPU: leave it out")
     if not (os.environ.get("CXX") or shutil.which("c++")):
         raise ValueError("--compile needs a C++ compiler, and there is none called c++")
-    c = model.config
-    if not 0 <= exit_layer < c.n_layers:
-        raise ValueError(f"the exit layer must be from 0 to {c.n_layers - 1}, not {exit_layer}")
+    c, last = model.config, model.config.n_layers - 1
+    if not 0 <= exit_layer <= last:
+        raise ValueError(f"the exit layer must be from 0 to {last}, not {exit_layer}")
     graphs = Graphs(model, sorted({0, exit_layer, c.n_layers}))
     model.run_layers = graphs.run_layers  # type: ignore[method-assign]
     model.unembed = graphs.unembed  # type: ignore[method-assign]

@@ -1,6 +1,7 @@
 """Compiled decoding gives the full model's bits too, whoever drafts, in threads as well."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -9,19 +10,16 @@ from helpers import tiny_config, tiny_model
 from decode import Sampling, generate
 from exact import pack
 from extras import compiled
-from extras.drafters import Jacobi, PromptLookup
+from extras.drafters import Jacobi, LookupExit, PromptLookup
 
 CONFIG = dict(n_layers=3, n_heads=2, n_kv_heads=1, dim=32, hidden_dim=48, head_dim=16, max_len=150)
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=str)
 def model(request):
-    """A compiled model; calling its graphs from C++ is left out, which halves the time it takes."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(compiled, "OPTIONS", {**compiled.OPTIONS, "cpp_wrapper": False})
-    plain = tiny_model(tiny_config(**CONFIG), damp_from=1, dtype=request.param)
-    yield compiled.compile_model(plain, 1)
-    patch.undo()
+    """A compiled model; the second one has two key/value heads, so its graphs take one row."""
+    config = tiny_config(**CONFIG | dict(n_kv_heads=1 + (request.param == torch.float32)))
+    return compiled.compile_model(tiny_model(config, damp_from=1, dtype=request.param), 1)
 
 
 def decoded(model, prompt, **how):
@@ -33,6 +31,7 @@ DRAFTERS = [
     *(dict(exit_layer=1, draft_len=d, min_confidence=c) for d, c in ((1, 0), (4, 0), (15, 0.1))),
     dict(drafter=PromptLookup, draft_len=9),
     dict(drafter=Jacobi, draft_len=3),
+    dict(drafter=partial(LookupExit, exit_layer=1), draft_len=7),
 ]
 
 
@@ -47,7 +46,7 @@ def test_compiled_tokens_and_logits_are_bitwise_the_plain_ones_whoever_drafts(mo
 
 
 def test_compiled_logits_are_nearly_those_of_the_packed_model(model):
-    packed = pack(tiny_model(tiny_config(**CONFIG), damp_from=1, dtype=model.dtype))
+    packed = pack(tiny_model(model.config, damp_from=1, dtype=model.dtype))
     (tokens, logits), (others, expected) = (decoded(m, [3, 1, 4]) for m in (model, packed))
     same = next((i for i, (a, b) in enumerate(zip(tokens, others)) if a != b), len(tokens)) + 1
     tolerance = 0.3 if model.dtype == torch.bfloat16 else 1e-4
@@ -72,3 +71,17 @@ def test_another_exit_than_the_compiled_one_is_refused(model):
 def test_what_cannot_be_compiled_is_refused(dtype, exit_layer):
     with pytest.raises(ValueError, match=r"float32|exit layer"):
         compiled.compile_model(tiny_model(tiny_config(**CONFIG), dtype=dtype), exit_layer)
+
+
+def test_graphs_are_compiled_once_for_the_same_weights(model, monkeypatch, capsys):
+    again = tiny_model(model.config, damp_from=1, dtype=model.dtype)
+    names = [compiled.fingerprint(again)]
+    with monkeypatch.context() as patch:  # would be needed to compile anew
+        patch.setattr(torch.export, "export", None)
+        compiled.compile_model(again, 1)
+    assert "compiling" not in capsys.readouterr().err
+    _, logits = decoded(model, [3, 1, 4], exit_layer=1)
+    assert torch.equal(decoded(again, [3, 1, 4], exit_layer=1)[1], logits)
+    other = tiny_model(model.config, damp_from=1, dtype=model.dtype)
+    other.model.layers[2].mlp.up_proj.weight.data[5, 5] += 1
+    assert compiled.fingerprint(other) not in names
