@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict] = {
     "confidence": dict(type=float, help="drafting stops there, else the checkpoint's"),
     "exits": dict(type=int, nargs="+", default=[2, 3, 4, 6, 8]),
     "drafts": dict(type=int, nargs="+", default=[2, 4, 6, 10, 15]),
-    "drafter": dict(nargs="+", default=[], help="model:DIR, kangaroo:DIR"),
+    "drafter": dict(nargs="+", default=[], help="other drafters, as in decode.py"),
     "tries": dict(type=int, default=200, help="of the search for sublayers to skip"),
     "compile": dict(action="store_true", default=False),
     "dtype": dict(choices=["auto", *DTYPES], default="auto"),
@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict] = {
 }
 DECODING = "prompts tokens runs confidence dtype device"
 COMMANDS: dict[Callable, tuple[str, dict]] = {  # options, and defaults of their own
-    speedup: (f"ckpt {DECODING} exit draft compile", {}),
+    speedup: (f"ckpt {DECODING} exit draft drafter compile", {}),
     sweep: (f"ckpt {DECODING} exits drafts", dict(prompts=5, runs=3)),
     drafters: (f"ckpt {DECODING} exit draft drafter tries", {}),
     peers: (f"ckpt shape {DECODING} exit draft compile", {}),

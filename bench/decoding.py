@@ -1,6 +1,7 @@
 """Self-speculation against plain decoding: speedup, sweep, drafters."""
 
 from argparse import Namespace
+from collections.abc import Iterable
 from functools import partial
 from itertools import product
 from statistics import median
@@ -36,9 +37,18 @@ def drafted_table(t: Namespace, who: dict[str, dict], temperature: float = 0.0) 
 
 
 def speedup(args: Namespace) -> list[Table]:
-    """Self-speculation against the fastest plain decoding that this code can do."""
+    """Self-speculation against the fastest plain decoding that this code can do.
+
+    --drafter adds other drafters, by decode.py's names for them.
+    """
     t = target(args)
-    return [drafted_table(t, {"drafted": t.settings})]
+    return [drafted_table(t, {"drafted": t.settings, **named(t, t.drafter)})]
+
+
+def named(t: Namespace, drafters: Iterable[str]) -> dict[str, dict]:
+    """Settings of generate for drafters by name."""
+    raw, base = t.load(t.dtype), t.settings
+    return {who: {**base, **parse_drafter(who, raw, base["exit_layer"])} for who in drafters}
 
 
 def sweep(args: Namespace) -> list[Table]:
@@ -68,8 +78,7 @@ def drafters(args: Namespace) -> list[Table]:
     chosen = [choose_exit(raw, prompt, base) for prompt in t.prompts]
     auto = {name: [one[name] for one in chosen] for name in ("exit_layer", "draft_len")}
     who = {"early exit": base, "exit auto": {**base, **auto}}
-    for text in ("lookup", "jacobi", *t.drafter):
-        who[text] = {**base, **parse_drafter(text, raw)}
+    who |= named(t, ("lookup", "lookup+exit", "jacobi", *t.drafter))
     skip = dict(exit_layer=0, drafter=partial(SkipLayers, attention=attention, mlp=mlp))
     who[f"skip {len(attention)} attention, {len(mlp)} MLP"] = {**base, **skip}
     return [drafted_table(t, who, temperature) for temperature in (0.0, 0.8)]

@@ -28,7 +28,7 @@ def peers(args: Namespace) -> list[Table]:
     """transformers, plain and assistant_early_exit, and llama.cpp on the same weights and prompts.
 
     Greedy, with the same type, threads and draft. The prompt's time counts. Drafted text is
-    compared with the same program's plain text, plain text with this code's. Random weights decode
+    compared with the same program's plain text, and that with this code's. Random weights decode
     plainly: their exits foresee nothing.
     """
     t = target(args)
@@ -49,8 +49,8 @@ def peers(args: Namespace) -> list[Table]:
             length = max(map(len, t.prompts)) + t.tokens
             one = llama_cpp_of(folder / "gguf", length)
             works["llama.cpp, plain"] = partial(timed, one, **how)
-    same = dict.fromkeys(works, "this code, plain")
-    same |= {name: name.replace("drafted", "plain") for name in works if "drafted" in name}
+    same = {n: n.replace("drafted", "plain") for n in works}
+    same |= {n: "this code, plain" for n in works if n.endswith("plain")}
     return [(title(t), compare(works, t.runs, same, equal="same text"))]
 
 

@@ -85,10 +85,10 @@ def test_drafted_ways_are_compared_with_plain_ones_and_write_their_text(run, com
 def test_every_drafter_has_a_row_greedy_and_sampled_and_writes_the_plain_text(run, tiny):
     text = run(f"drafters {SIZE} --tries 2 --drafter model:{tiny}")
     ways = column(text, "way")
-    drafters = ["early exit", "exit auto", "lookup", "jacobi", f"model:{tiny}"]
-    assert ways[:8] == PLAIN + drafters and ways[8].startswith("skip ")
-    assert ways[:9] == ways[9:] and text.count("temperature 0.8") == 1
-    assert column(text, "identical") == 2 * (3 * [""] + 6 * ["yes"])
+    drafters = ["early exit", "exit auto", "lookup", "lookup+exit", "jacobi", f"model:{tiny}"]
+    assert ways[:9] == PLAIN + drafters and ways[9].startswith("skip ")
+    assert ways[:10] == ways[10:] and text.count("temperature 0.8") == 1
+    assert column(text, "identical") == 2 * (3 * [""] + 7 * ["yes"])
 
 
 def test_a_drafted_text_that_is_not_the_plain_one_is_exit_code_1(run, monkeypatch):
