@@ -14,7 +14,7 @@ things may break it. `pack` replaces the first three:
                          exp does; +, *, / and sqrt cannot (IEEE 754 rounds them correctly).
                          PackedNorm uses only these; row_silu gives each row a tail of its own.
     sums over a row      PyTorch splits sums of 32,768 numbers and more between threads. No row
-                         of a Llama is as long.
+                         of a Llama is as long; pack refuses one.
 
 `pack` also fuses products of the same input, q with k and v, and gate with up: these are faster.
 Everything holds for passes of up to MAX_ROWS rows. Longer ones are prefill, which plain decoding
@@ -48,10 +48,12 @@ def pack(model: Llama) -> Llama:
     """Turns a model, in place, into one that decodes to the bit, and returns it.
 
     Each plain weight is let go as its packed copy is made, so memory holds one set; a packed model
-    no longer trains or saves. A second call does nothing.
+    no longer trains or saves. A second call does nothing. Raises ValueError for rows too long.
     """
     if isinstance(model.lm_head, RowLinear):
         return model
+    if model.config.dim >= 1 << 15:
+        raise ValueError(f"rows of {model.config.dim} numbers cannot be exact: use --no-exact")
     product = partial(RowLinear, {})
     for layer in model.model.layers:
         layer.self_attn = PackedAttention(layer.self_attn, product)

@@ -21,7 +21,7 @@ from exact import MAX_ROWS, PackedNorm, RowAttention, RowLinear, pack, row_silu,
 from extras.drafters import Jacobi, PromptLookup, SkipLayers, TwoModels
 from extras.early_exit import keep_layers
 from extras.kangaroo import Adapter, Kangaroo
-from model import RMSNorm, rotate
+from model import Llama, RMSNorm, rotate
 
 threads = pytest.mark.threads
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -508,3 +508,10 @@ def test_a_request_that_cannot_run_is_refused_at_the_first_round_in_one_clear_li
     with pytest.raises((TypeError, ValueError), match=name) as refused:
         next(generate(**dict(model=model, prompt_ids=[1, 2]) | bad))
     assert str(refused.value).isprintable() and len(str(refused.value)) < 120
+
+
+def test_a_model_whose_rows_are_summed_by_several_threads_is_not_packed():
+    with torch.device("meta"):
+        wide = Llama(tiny_config(dim=1 << 15, n_layers=1))
+    with pytest.raises(ValueError, match="no-exact"):
+        pack(wide)
