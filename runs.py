@@ -23,7 +23,7 @@ from tokenizer import Tokenizer
 FOREIGN = ("config.json", "params.json", "*.safetensors", "*.index.json", "tokenizer*")
 
 
-class Run:
+class TrainingRun:
     """A directory that one run trains in. Raises ValueError, one line, on what cannot be used."""
 
     rank, world, state = 0, 1, "state.safetensors"

@@ -36,7 +36,7 @@ from command import command_errors
 from data import IGNORED, Tokens
 from exact import auto_dtype
 from model import Config, Llama, load_checkpoint, save_checkpoint
-from runs import Run
+from runs import TrainingRun
 
 # --------------------------------------
 # The two schedules, and the recipes that are settings of them. l counts layers from 0 to L-1, t
@@ -304,7 +304,7 @@ FREE = ("out", "save_every", "compile", "accumulate", "recompute")  # may differ
 class Trainer:
     """Model, optimiser and step of one run. Raises ValueError, one line, on what cannot train."""
 
-    def __init__(self, args: argparse.Namespace, run: Run):
+    def __init__(self, args: argparse.Namespace, run: TrainingRun):
         self.args, self.run, self.recipe = args, run, recipe_of(args)
         parts = run.world * args.accumulate
         if args.batch % parts:
@@ -580,7 +580,7 @@ def main() -> None:
             value = getattr(args, name.replace("-", "_"))
             if not least <= value < 2**63:
                 raise ValueError(f"--{name} must be at least {least}, not {value}")
-        run = Run(args.out, args.init)
+        run: TrainingRun = TrainingRun(args.out, args.init)
         if "RANK" in os.environ:
             from extras.sharded import ShardedRun
 

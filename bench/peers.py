@@ -167,7 +167,7 @@ def recipe_step(args: Namespace, recipe: str, folder: Path) -> Callable[[], obje
     text.write_text(20 * Path(__file__).read_text())  # what is learned does not matter
     options = ["--recipe", recipe, "--init", str(args.ckpt), "--out", out, "--data", str(text)]
     options += ["--batch", str(BATCH), "--seq", str(LENGTH), "--steps", "100000"]
-    trainer = Trainer(parser().parse_args(options), runs.Run(out, args.ckpt))
+    trainer = Trainer(parser().parse_args(options), runs.TrainingRun(out, args.ckpt))
     if args.compile:
         trainer.compile()
     return trainer.train_step

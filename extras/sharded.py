@@ -24,11 +24,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 
 from checkpoint import read_json
-from runs import Run
+from runs import TrainingRun
 
 
-class ShardedRun(Run):
-    """runs.Run for this process of several."""
+class ShardedRun(TrainingRun):
+    """runs.TrainingRun for this process of several."""
 
     state = "state-shards"
 

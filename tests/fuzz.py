@@ -38,7 +38,7 @@ import train
 from command import default_settings, load
 from decode import generate
 from model import save_checkpoint
-from runs import Run
+from runs import TrainingRun
 
 CASES = 5000
 HEADERS = ("model.safetensors", "state.safetensors")  # the files whose headers are gone through
@@ -78,7 +78,7 @@ def trainer(path: Path) -> train.Trainer:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in small.items()]
     data = ["--data", str(path.parent / "pairs.jsonl"), "--no-compile", "--no-bf16"]
     args = train.parser().parse_args(["--out", str(path), "--steps=2", *options, *data])
-    return train.Trainer(args, Run(args.out, args.init))
+    return train.Trainer(args, TrainingRun(args.out, args.init))
 
 
 def stopped_run(path: Path) -> Path:

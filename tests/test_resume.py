@@ -97,7 +97,7 @@ def state(out: Path) -> dict[str, torch.Tensor]:
 def step(out: Path) -> int:
     """The step of the saved state; 0 without one."""
     path = out / "state.safetensors"
-    return runs.Run(out, None).about(path)["step"] if path.exists() else 0
+    return runs.TrainingRun(out, None).about(path)["step"] if path.exists() else 0
 
 
 def losses(out: Path) -> list[dict]:
@@ -237,7 +237,7 @@ def test_a_run_that_trains_keeps_another_one_out(whole, tmp_path):
     process = start(run, whole[1])
     wait_for(lambda: steps_done(run) >= 1, process)
     with pytest.raises(ValueError, match="another run trains"):
-        runs.Run(run, None).lock()
+        runs.TrainingRun(run, None).lock()
     finish(process)
     same_bits(run, whole[0])
 

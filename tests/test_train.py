@@ -543,7 +543,7 @@ def test_out_is_not_init_and_nothing_of_it_is_lost(trained, tmp_path, monkeypatc
 
 
 def test_a_second_run_in_one_directory_is_refused(trained, monkeypatch, capsys):
-    first = runs.Run(trained, None)
+    first = runs.TrainingRun(trained, None)
     first.lock()
     last = refused(monkeypatch, capsys, trained, *FEW, "--steps", "3", *SHAPE)
     assert "another run trains" in last
@@ -613,6 +613,6 @@ def test_bad_training_settings_are_one_line_and_write_no_checkpoint(
     special = type("T", (), dict(vocab_size=400, bos=1, eos=2))
     if "--data" not in bad:
         made = lambda *_: (tokens, tokens, special)
-        monkeypatch.setattr(runs.Run, "prepare_data", made)
+        monkeypatch.setattr(runs.TrainingRun, "prepare_data", made)
     refused(monkeypatch, capsys, tmp_path / "run", *bad.split())
     assert not (tmp_path / "run" / "model.safetensors").exists()
