@@ -14,7 +14,6 @@ import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,20 +24,8 @@ from torch import Tensor
 from tokenizer import Tokenizer
 
 HELD_OUT = 0.04  # share of documents that training never sees
-LEFT_OUT = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "lib2to3",
-    "__pycache__",
-}
-LEFT_OUT |= {
-    "encodings",
-    "pydoc_data",
-}  # tables and a dump of the manual, not source that anybody wrote
-PACKAGES = ("torch", "numpy", "sympy", "networkx")  # torch brings the last two
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3"}
+LEFT_OUT |= {"__pycache__", "encodings", "pydoc_data"}  # the last two: tables, and the manual
 PIECE = 1 << 13  # characters of a .txt file that make one document; every 25th is held out
 IGNORED = -100  # target of a token that has no loss
 
@@ -63,19 +50,7 @@ class Document:
 
 def stdlib_files() -> list[Path]:
     """The standard library's .py files without its tests, sorted by name."""
-    return source_files(Path(sysconfig.get_paths()["stdlib"]))
-
-
-def package_files() -> list[Path]:
-    """The .py files, without tests, of those of PACKAGES that are installed."""
-    found = [find_spec(name) for name in PACKAGES]
-    return [
-        f for spec in found if spec and spec.origin for f in source_files(Path(spec.origin).parent)
-    ]
-
-
-def source_files(root: Path) -> list[Path]:
-    """The .py files below `root` without tests, sorted by name."""
+    root = Path(sysconfig.get_paths()["stdlib"])
     return sorted(f for f in root.rglob("*.py") if not LEFT_OUT & set(f.relative_to(root).parts))
 
 
@@ -115,20 +90,19 @@ def read_lines(path: Path) -> Iterator[Document]:
 
 
 def read_corpus(sources: list[str]) -> Iterator[Document]:
-    """Documents of stdlib, packages (those of PACKAGES here), .jsonl, .txt, and directories.
+    """Documents of stdlib, .jsonl and .txt files, and directories.
 
     Raises ValueError where a source is missing or cannot be read as text.
     """
     for source in sources:
         path = Path(source)
-        if source in ("stdlib", "packages"):
-            yield from read_files(stdlib_files() if source == "stdlib" else package_files())
+        if source == "stdlib":
+            yield from read_files(stdlib_files())
         elif path.is_dir():
             yield from read_files(sorted(f for f in path.rglob("*") if f.is_file()))
         elif not path.is_file():
-            raise ValueError(
-                f"no data at {source}: give stdlib, packages, a directory, a .txt or a .jsonl file"
-            )
+            what = "give stdlib, a directory, a .txt or a .jsonl file"
+            raise ValueError(f"no data at {source}: {what}")
         else:
             try:
                 if path.suffix == ".jsonl":

@@ -550,7 +550,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = p.add_argument
     add("--out", required=True, metavar="DIR", help="the run's checkpoint, state and metrics")
-    text = "stdlib, packages, directories, .txt, or .jsonl with prompt and completion"
+    text = "stdlib, directories, .txt, or .jsonl with prompt and completion"
     add("--data", nargs="+", default=["stdlib"], metavar="SRC", help=text)
     add("--init", metavar="DIR", help="start from this checkpoint, with its shape and tokenizer")
     for name, (default, _, text) in NUMBERS.items():
