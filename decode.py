@@ -375,9 +375,11 @@ def decode(args: argparse.Namespace) -> None:
     if args.no_verify or args.full:
         settings |= dict(exit_layer=0, drafter=None)
     if args.compile:
-        from extras.compiled import compile_model
+        from extras.compiled import ROWS, compile_model
 
         model = compile_model(model, settings["exit_layer"])
+        if args.draft_len is None:
+            settings["draft_len"] = ROWS[model.dtype] - 1  # fills one pass
     elif not args.no_exact:
         pack(model)
     if not args.interactive:

@@ -179,7 +179,7 @@ class Graphs:
                 (part,) = self.layers[a]([part, cos, sin, positions, zeros, *store])
             out.append(part[:rows])
             h, start = h[rows:], start + rows
-        return torch.cat(out)
+        return torch.cat(out) if len(out) > 1 else out[0]
 
     def widen(self, x: Tensor) -> Tensor:
         """x (T, ...), or a lone row twice where no graph takes one: it writes the same twice."""
