@@ -6,6 +6,8 @@ from functools import partial
 import pytest
 import torch
 from helpers import tiny_config, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 
 from decode import Sampling, generate
 from exact import pack
@@ -27,22 +29,30 @@ def decoded(model, prompt, **how):
     return [t for r in rounds for t in r.emitted], torch.cat([r.logits for r in rounds])
 
 
-DRAFTERS = [
-    *(dict(exit_layer=1, draft_len=d, min_confidence=c) for d, c in ((1, 0), (4, 0), (15, 0.1))),
-    dict(drafter=PromptLookup, draft_len=9),
-    dict(drafter=Jacobi, draft_len=3),
-    dict(drafter=partial(LookupExit, exit_layer=1), draft_len=7),
-]
+DRAFTERS = [None, PromptLookup, Jacobi, partial(LookupExit, exit_layer=1)]
+DRAFTS = st.fixed_dictionaries(
+    dict(
+        draft_len=st.integers(1, 15),
+        min_confidence=st.sampled_from([0.0, 0.1, 0.4]),
+        drafter=st.sampled_from(DRAFTERS),
+    )
+)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_compiled_tokens_and_logits_are_bitwise_the_plain_ones_whoever_drafts(model, temperature):
-    for prompt in ([3, 1, 4], [7] * 40):
-        sampling = Sampling(temperature, seed=3)
-        tokens, logits = decoded(model, prompt, sampling=sampling)
-        for how in DRAFTERS:
-            again = decoded(model, prompt, sampling=sampling, **how)
-            assert again[0] == tokens and torch.equal(again[1], logits), how
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=66),
+    st.sampled_from([0.0, 0.0, 1.0]),
+    st.lists(DRAFTS, min_size=3, max_size=3),
+)
+def test_compiled_tokens_and_logits_are_bitwise_the_plain_ones_whoever_drafts(
+    model, prompt, temperature, drafts
+):
+    sampling = Sampling(temperature, seed=3)
+    tokens, logits = decoded(model, prompt, sampling=sampling)
+    for how in drafts:
+        exit_layer = 0 if how["drafter"] else 1
+        again = decoded(model, prompt, sampling=sampling, exit_layer=exit_layer, **how)
+        assert again[0] == tokens and torch.equal(again[1], logits), how
 
 
 def test_compiled_logits_are_nearly_those_of_the_packed_model(model):
