@@ -359,7 +359,7 @@ def decode(args: argparse.Namespace) -> None:
         if args.exit not in map(str, range(1, last + 1)):
             raise ValueError(f"--exit must be auto or from 1 to {last}, not {args.exit:.40}")
         settings["exit_layer"] = int(args.exit)
-    if args.drafter != "exit" or args.draft_vocab:
+    if args.drafter != "exit" or args.draft_vocab is not None:
         from extras.drafters import parse_drafter
 
         if args.exit and not args.drafter.endswith("exit"):

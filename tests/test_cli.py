@@ -234,7 +234,7 @@ def test_exit_auto_chooses_from_the_prompt_and_options_given_hold(cli, monkeypat
     run = cli(*options, "--compare", "--min-confidence", "0.25")
     assert "identical to the full model (30 tokens" in run.err
     found = json.loads(cli(*options, "--draft", "3", "--json").out)["settings"]
-    assert 1 <= found["exit_layer"] <= 3 and found["draft_len"] == 3 and found["drafter"] is None
+    assert 1 <= found["exit_layer"] <= 3 and found["draft_len"] == 3 and found["drafter"] == "exit"
     assert seen[0] == (found["prompt_ids"], 0.25) and len(found["prompt_ids"]) >= 16
 
 
@@ -452,6 +452,10 @@ BAD = {
     "negative seed": ["--seed", "-1"],
     "seed of 65 bits": ["--seed", str(2**64)],
     "early exit of another drafter": ["--no-verify", "--drafter", "lookup"],
+    "exit of a drafter without one": ["--exit", "2", "--drafter", "lookup"],
+    "exit auto of such a drafter": ["--exit", "auto", "--drafter", "lookup"],
+    "vocabulary of such a drafter": ["--draft-vocab", "9", "--drafter", "lookup"],
+    "draft vocabulary 0": ["--draft-vocab", "0"],
 }
 
 
@@ -481,8 +485,6 @@ CLASHES = [
     "- --prompt x",
     "- --interactive",
     "--interactive --prompt x",
-    "--exit 2 --drafter lookup",
-    "--exit auto --drafter lookup",
     "--full --compare",
     "--full --no-verify",
     "--no-verify --compare",
