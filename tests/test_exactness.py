@@ -271,6 +271,29 @@ def test_eight_generations_in_threads_give_the_texts_that_they_give_alone():
         assert tokens == alone[0] and torch.equal(logits, alone[1])
 
 
+def test_generators_that_take_turns_on_one_model_share_no_cache():
+    model = pack(tiny_model(tiny_config(max_len=256), damp_from=2, damping=0.3))
+
+    def start(number):
+        settings = dict(exit_layer=number % 3, draft_len=3, eos=())
+        return generate(model, [number + 1] * (1 + 7 * number), max_new_tokens=60, **settings)
+
+    begun, texts = {number: start(number) for number in range(4)}, {}
+    while begun:  # a round of each in turn
+        for number, rounds in list(begun.items()):
+            found = next(rounds, None)
+            if found is None:
+                del begun[number]
+            else:
+                texts.setdefault(number, []).append(found)
+    for number, rounds in texts.items():
+        alone = list(start(number))
+        assert emitted(rounds) == emitted(alone)
+        assert torch.equal(logits_of(rounds), logits_of(alone))
+    with pytest.raises(TypeError, match="cache"):  # what a caller could share is not to be had
+        next(generate(model, [1], cache=None))
+
+
 # --------------------------------------------------------------------------------------------------
 # Rows in company: every operation of a pass gives a row the bits that it gives it alone
 
