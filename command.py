@@ -3,12 +3,14 @@
 Text goes to stdout, what is said about it to stderr; colours only to a terminal.
 """
 
+import json
 import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -177,6 +179,59 @@ def comparison(result: Run, full: Run) -> str:
     a, b = (torch.cat([r.logits for r in x.rounds if r.logits is not None]) for x in (result, full))
     bits = ", logits equal to the last bit" if torch.equal(a, b) else ""
     return f"identical to the full model ({len(full.ids)} tokens{bits}), {speedup}"
+
+
+def complete(
+    decode: Callable[..., Iterator["Round"]],
+    tokenizer: Tokenizer,
+    settings: dict,
+    text: str,
+    ids: list[int],
+    args: Namespace,
+) -> Run:
+    """Decodes after the ids of one prompt, and reports: decode.py's --compare and --json.
+
+    decode(ids, **settings) is generate with a model.
+    """
+    full = {**settings, "exit_layer": 0, "drafter": None}
+    if args.compare:  # both once for a few tokens, so that neither is timed cold
+        for warm in (settings, full):
+            run(decode(ids, **{**warm, "max_new_tokens": 16}))
+    result, rounds = Run(), decode(ids, **settings)
+    show = None if args.json else Show(tokenizer, ids, "" if args.chat else text)
+    try:
+        run(rounds, show, result, args.compare)
+    finally:  # Ctrl-C leaves the line whole, and the statistics
+        if show and result.rounds:
+            show.finish()
+            print("\n" + result.summary(), file=sys.stderr)
+    plain = run(decode(ids, **full), keep_logits=True) if args.compare else None
+    if args.json:
+        about = {**settings, "drafter": args.drafter, "sampling": asdict(settings["sampling"])}
+        about |= dict(ckpt=str(args.ckpt), prompt=text, prompt_ids=ids, exact=not args.no_exact)
+        about |= dict(dtype=args.dtype, device=args.device)
+        print(json.dumps(as_json(result, tokenizer, about, plain)), flush=True)
+    elif plain:
+        print(f"full model: {plain.summary()}\n{comparison(result, plain)}", file=sys.stderr)
+    return result
+
+
+def as_json(result: Run, tokenizer: Tokenizer, settings: dict, full: Run | None) -> dict:
+    """The run as one object; full_ids, identical and speedup only when the full model ran too."""
+    text, names = Stream(tokenizer, settings["prompt_ids"]), ("drafted", "accepted", "emitted")
+    found = dict(
+        text=text.feed(result.ids) + text.finish(),
+        ids=result.ids,
+        rounds=[{name: getattr(r, name) for name in names} for r in result.rounds],
+        settings=settings,
+        seconds=result.seconds,
+        tokens_per_second=result.tokens_per_second,
+        acceptance=result.acceptance,
+    )
+    if full:
+        speedup = result.tokens_per_second / full.tokens_per_second
+        found |= dict(full_ids=full.ids, identical=result.ids == full.ids, speedup=speedup)
+    return found
 
 
 GREEN, BLUE, DIM, RESET = "\033[32m", "\033[94m", "\033[2m", "\033[0m"

@@ -18,12 +18,11 @@ or sampled, whatever the draft said.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -37,16 +36,13 @@ from command import (
     DEFAULT_PROMPT,
     DTYPES,
     Run,
-    Show,
     command_errors,
-    comparison,
+    complete,
     default_settings,
     load,
-    run,
 )
 from exact import MAX_ROWS, pack
 from model import Config, Llama, prefill
-from tokenizer import Stream, Tokenizer
 
 Pick = Callable[[Tensor, int], int]  # (logits (vocab,), position) -> token
 
@@ -306,6 +302,7 @@ def parser() -> argparse.ArgumentParser:
     add("stdin", nargs="?", choices=["-"], help="- reads the prompt from standard input")
     add("--prompt", metavar="TEXT", default=DEFAULT_PROMPT, help="text to go on from")
     add("--interactive", **flag, help="complete one line of input after the other")
+    p.add_argument("--chat", **flag, help="text is a message, by the checkpoint's chat template")
     p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="%(default)s")
     p.add_argument("--json", **flag, help="each run as one JSON object, not as text")
 
@@ -346,15 +343,23 @@ def decode(args: argparse.Namespace) -> None:
     data = sys.stdin.buffer.read() if args.stdin else args.prompt.encode(errors="surrogateescape")
     text = "" if args.interactive else data.decode()
     model, tokenizer = load(args.ckpt, args.dtype, args.device)
+    args.dtype, args.device = str(model.dtype)[6:], str(model.device)  # for --json
     settings = default_settings(args.ckpt, model.config, tokenizer)
     settings["max_new_tokens"] = args.max_new_tokens
     settings["sampling"] = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    encode: Callable[[str], list[int]] = tokenizer.encode
+    chat = None
+    if args.chat:
+        from extras.chat import Chat
+
+        chat = Chat(args.ckpt)
+        encode, settings["eos"] = chat.ask, (*settings["eos"], *chat.ends)
     given = {k: v for k, v in vars(args).items() if k in settings and v is not None}
     last = model.config.n_layers - 1
     if args.exit == "auto":
         from extras.lens import choose_exit
 
-        settings |= choose_exit(model, tokenizer.encode(text), settings | given)
+        settings |= choose_exit(model, encode(text), settings | given)
     elif args.exit is not None:
         if args.exit not in map(str, range(1, last + 1)):
             raise ValueError(f"--exit must be auto or from 1 to {last}, not {args.exit:.40}")
@@ -382,63 +387,26 @@ def decode(args: argparse.Namespace) -> None:
             settings["draft_len"] = ROWS[model.dtype] - 1  # fills one pass
     elif not args.no_exact:
         pack(model)
+
+    def answer(text: str) -> Run:
+        if not text:
+            raise ValueError("the prompt is empty")
+        return complete(partial(generate, model), tokenizer, settings, text, encode(text), args)
+
     if not args.interactive:
-        complete(model, tokenizer, settings, text, args)
+        answer(text)
         return
     while True:
         try:
             print("prompt> " * sys.stdin.isatty(), end="", file=sys.stderr, flush=True)
             if not (line := sys.stdin.buffer.readline()):
                 return
-            complete(model, tokenizer, settings, line.decode().rstrip("\r\n"), args)
+            text = line.decode().rstrip("\r\n")
+            said = answer(text)
+            if chat:
+                chat.keep(text, tokenizer.decode(said.ids))
         except ValueError as error:  # the next prompt may do better
             print(f"decode.py: {error}", file=sys.stderr)
-
-
-def complete(
-    model: Llama, tokenizer: Tokenizer, settings: dict, text: str, args: argparse.Namespace
-) -> None:
-    """Generates after one prompt and reports. Raises ValueError on a prompt that cannot run."""
-    if not text:
-        raise ValueError("the prompt is empty")
-    ids, full = tokenizer.encode(text), {**settings, "exit_layer": 0, "drafter": None}
-    if args.compare:  # both once for a few tokens, so that neither is timed cold
-        for warm in (settings, full):
-            run(generate(model, ids, **{**warm, "max_new_tokens": 16}))
-    result, rounds = Run(), generate(model, ids, **settings)
-    show = None if args.json else Show(tokenizer, ids, text)
-    try:
-        run(rounds, show, result, args.compare)
-    finally:  # Ctrl-C leaves the line whole, and the statistics
-        if show and result.rounds:
-            show.finish()
-            print("\n" + result.summary(), file=sys.stderr)
-    plain = run(generate(model, ids, **full), keep_logits=True) if args.compare else None
-    if args.json:
-        about = {**settings, "drafter": args.drafter, "sampling": asdict(settings["sampling"])}
-        about |= dict(ckpt=str(args.ckpt), prompt=text, prompt_ids=ids, device=str(model.device))
-        about |= dict(dtype=str(model.dtype)[6:], exact=not args.no_exact)
-        print(json.dumps(as_json(result, tokenizer, about, plain)), flush=True)
-    elif plain:
-        print(f"full model: {plain.summary()}\n{comparison(result, plain)}", file=sys.stderr)
-
-
-def as_json(result: Run, tokenizer: Tokenizer, settings: dict, full: Run | None) -> dict:
-    """The run as one object; full_ids, identical and speedup only when the full model ran too."""
-    text, names = Stream(tokenizer, settings["prompt_ids"]), ("drafted", "accepted", "emitted")
-    found = dict(
-        text=text.feed(result.ids) + text.finish(),
-        ids=result.ids,
-        rounds=[{name: getattr(r, name) for name in names} for r in result.rounds],
-        settings=settings,
-        seconds=result.seconds,
-        tokens_per_second=result.tokens_per_second,
-        acceptance=result.acceptance,
-    )
-    if full:
-        speedup = result.tokens_per_second / full.tokens_per_second
-        found |= dict(full_ids=full.ids, identical=result.ids == full.ids, speedup=speedup)
-    return found
 
 
 def main() -> None:

@@ -272,14 +272,15 @@ class PackedAttention(Attention):
 class PackedMLP(MLP):
     """MLP with gate and up in one product."""
 
-    def __init__(self, m: MLP, product: Callable):
+    def __init__(self, m: MLP, product: Callable, silu: Callable | None = None):
         nn.Module.__init__(self)
+        self.silu = silu or row_silu
         self.gate_up_proj = product(m.gate_proj, m.up_proj)
         self.down_proj = product(m.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(row_silu(gate) * up)
+        return self.down_proj(self.silu(gate) * up)
 
 
 def row_silu(gate: Tensor) -> Tensor:

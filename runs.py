@@ -6,12 +6,14 @@ nothing here are theirs.
 
 import fcntl
 import json
+import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -50,6 +52,14 @@ class TrainingRun:
         except OSError:
             raise ValueError(f"another run trains in {self.out}: choose another --out") from None
 
+    def open(self, sources: list[str], vocab: int) -> tuple[Tokens, Tokens, Tokenizer]:
+        """Locks the directory and prepares the data: the first process does, then all read it."""
+        if self.rank == 0:
+            self.lock()
+            self.prepare_data(sources, vocab)
+        self.wait()
+        return self.prepare_data(sources, vocab)
+
     def prepare_data(self, sources: list[str], vocab: int) -> tuple[Tokens, Tokens, Tokenizer]:
         """Training and held-out tokens, and the tokenizer: --init's, or one trained here.
 
@@ -70,15 +80,23 @@ class TrainingRun:
             write_tokens(read_corpus(sources), tokenizer, self.out)
             self.write_json("data.json", wanted)
         elif read_json(done) != wanted:
-            what = "tokens of other --data, --vocab or --init"
+            what = "tokens of other --data, --config or --init"
             raise ValueError(f"{self.out} holds {what}: choose another --out")
-        tokenizer = Tokenizer(self.out)
+        self.tokenizer = Tokenizer(self.out)
         files = [self.out / "train.bin", self.out / "held_out.bin"]
         for file in files:
             if not file.is_file() or not file.stat().st_size:
                 raise ValueError(f"{file} is empty or missing: choose another --out")
-        train, held_out = (Tokens(file, tokenizer.vocab_size) for file in files)
-        return train, held_out, tokenizer
+        train, held_out = (Tokens(file, self.tokenizer.vocab_size) for file in files)
+        return train, held_out, self.tokenizer
+
+    def describe(self, record: dict) -> None:
+        """Writes what tells how the checkpoint was made, and how it ends a text; keeps metrics."""
+        ids = {"bos_token_id": self.tokenizer.bos, "eos_token_id": self.tokenizer.eos}
+        self.write_json("generation_config.json", ids)
+        command = shlex.join(["python", "train.py", *sys.argv[1:]])
+        self.write_json("training.json", {"command": command, **record})
+        self.add_metrics({"step": record["steps"], "held_out": record["held_out"]})
 
     def write_json(self, name: str, content: dict) -> None:
         """Writes a file of the directory, whole or not at all."""
@@ -105,7 +123,7 @@ class TrainingRun:
             found = self.about(path)
             step = found["step"]
             differs = [k for k, v in settings.items() if found["settings"].get(k) != v]
-            if type(step) is not int or step < 1:
+            if type(step) is not int or step < 0:
                 raise ValueError(f"its step is {step!r:.40}")
         except (*wrong, SafetensorError) as error:
             raise ValueError(f"{path} is damaged ({error!s:.200}): choose another --out") from None
@@ -174,3 +192,21 @@ class TrainingRun:
         """Lets go of the directory, and of the other processes."""
         if self.locked:
             self.locked.close()
+
+
+def state_tensors(
+    parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Weights and AdamW's state by name, each shaped as its weight; steps are ().
+
+    AdamW counts steps for each parameter: one that all samples skipped is not updated.
+    """
+    found = {}
+    for name, p in parameters.items():
+        state = optimizer.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0, device=p.device)
+            state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        found[f"weight.{name}"] = p.detach()
+        found.update({f"{key}.{name}": value for key, value in state.items()})
+    return found

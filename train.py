@@ -16,14 +16,13 @@ weights, its optimiser and a step.
 import argparse
 import math
 import os
-import shlex
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,11 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from checkpoint import read_json
 from command import command_errors
 from data import IGNORED, Tokens
 from exact import auto_dtype
-from model import Config, Llama, load_checkpoint, save_checkpoint
-from runs import TrainingRun
+from model import Config, Llama, load_checkpoint, read_config, save_checkpoint
+from runs import TrainingRun, state_tensors
 
 # --------------------------------------
 # The two schedules, and the recipes that are settings of them. l counts layers from 0 to L-1, t
@@ -196,12 +196,11 @@ class Objective(nn.Module):
     Raises ValueError for a packed model.
     """
 
-    def __init__(self, llama: Llama, recompute: bool = False, sharded: bool = False):
+    def __init__(self, llama: Llama, sharded: bool = False):
         super().__init__()
         if not isinstance(llama.lm_head, nn.Linear):
             raise ValueError("a packed model does not train: load it again")
-        self.llama, self.recompute, self.sharded = llama, recompute, sharded
-        self.mark: Callable = lambda x: None  # told of each layer's input, see Trainer.compile
+        self.llama, self.sharded = llama, sharded
 
     def forward(
         self,
@@ -221,16 +220,10 @@ class Objective(nn.Module):
         cos, sin = model.rotary(0, tokens.shape[1])
         h = model.embed(tokens).float()  # float32 between layers, under autocast too
 
-        def run_layer(layer: Callable[..., Tensor], x: Tensor, *rotary: Tensor) -> Tensor:
-            self.mark(x)
-            if self.recompute:
-                return checkpoint(layer, x, *rotary, use_reentrant=False)
-            return layer(x, *rotary)
-
         for l, layer in enumerate(model.model.layers):
             samples = torch.from_numpy(kept[l]).to(h.device)
             always = self.sharded and bool(runs[l])
-            h = run_with_dropout(partial(run_layer, layer), h, cos, sin, samples, keep[l], always)
+            h = run_with_dropout(layer, h, cos, sin, samples, keep[l], always)
             if l + 1 in weights:
                 hidden[l + 1] = h.flatten(0, 1)
         return self.early_exit_loss(hidden, targets.flatten(), weights)
@@ -259,23 +252,25 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def evaluate(
-    model: Llama, tokens: Tokens, length: int, batches: int = 8, batch: int = 8
-) -> dict[str, list[float]]:
-    """Held-out loss and agreement with the last layer's greedy token, per exit 1..L, on crops."""
-    layers = model.config.n_layers
-    loss, agreement = torch.zeros(layers), torch.zeros(layers)
+    model: Llama, tokens: Tokens, length: int, exits: list[int], batches: int = 8, batch: int = 8
+) -> dict[int, dict[str, float]]:
+    """Held-out loss of each exit, and its agreement with the last's greedy token, on crops.
+
+    `exits` are in order, the last layer among them.
+    """
+    sums = {exit: torch.zeros(2, device=model.device) for exit in exits}
     for step in range(batches):
         x, y = (z.to(model.device) for z in tokens.crops(batch, length, seed=0, step=step))
-        h, picks = model.embed(x), []
-        for l in range(layers):
-            h = model.run_layers(h, l, l + 1)
+        h, depth, said = model.embed(x), 0, {}
+        for exit in exits:
+            h, depth = model.run_layers(h, depth, exit), exit
             logits = model.unembed(h).float().flatten(0, 1)
-            loss[l] += F.cross_entropy(logits, y.flatten(), ignore_index=IGNORED).cpu() / batches
-            picks.append(logits.argmax(-1))
-        same = torch.stack([(pick == picks[-1]).float().mean() for pick in picks])
-        agreement += same.cpu() / batches
-    found = dict(loss=loss, agreement=agreement)
-    return {name: [round(v, 4) for v in values.tolist()] for name, values in found.items()}
+            loss = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORED)
+            said[exit] = loss, logits.argmax(-1)
+        for exit, (loss, picks) in said.items():
+            sums[exit] += torch.stack([loss, (picks == said[exits[-1]][1]).float().mean()])
+    means = {exit: (pair / batches).tolist() for exit, pair in sums.items()}
+    return {exit: dict(loss=round(a, 4), agreement=round(b, 4)) for exit, (a, b) in means.items()}
 
 
 def initialise(model: Llama, seed: int) -> None:
@@ -298,7 +293,7 @@ def learning_rate(t: int, steps: int, warmup: int) -> float:
 # --------------------------------------
 # The loop
 
-FREE = ("out", "save_every", "compile", "accumulate", "recompute")  # may differ on going on
+FREE = ("out", "save_every", "compile", "accumulate")  # may differ on going on
 
 
 class Trainer:
@@ -313,17 +308,15 @@ class Trainer:
         if args.bf16 is None:
             args.bf16 = auto_dtype(self.device) == torch.bfloat16
         model = load_checkpoint(args.init, torch.float32).train() if args.init else None
-        self.config = model.config if model else shape_of(args)
+        self.config = model.config if model else SHAPE
+        if args.config:
+            self.config = read_config(read_json(Path(args.config)))
         if self.config.n_layers < 2:
             raise ValueError("a model of one layer has no early exit to train")
         exit_layers(self.recipe, self.config.n_layers)  # refuses a wrong --exits at once
         if args.seq > self.config.max_len:
             raise ValueError(f"--seq {args.seq} is beyond the context of {self.config.max_len}")
-        if run.rank == 0:
-            run.lock()
-            run.prepare_data(args.data, args.vocab)
-        run.wait()  # the first process writes the tokens, then all read them
-        self.tokens, self.held_out, self.tokenizer = run.prepare_data(args.data, args.vocab)
+        self.tokens, self.held_out, self.tokenizer = run.open(args.data, self.config.vocab_size)
         if min(len(self.tokens), len(self.held_out)) <= args.seq + 1:
             raise ValueError(f"the data is too short for --seq {args.seq}")
         size, eos = self.tokenizer.vocab_size, self.tokenizer.eos
@@ -334,16 +327,15 @@ class Trainer:
             initialise(model, args.seed)
         if size > self.config.vocab_size:
             raise ValueError(f"the tokenizer has {size} tokens, more than the model")
-        self.objective = Objective(model.to(self.device), args.recompute, run.world > 1)
+        self.objective = Objective(model.to(self.device), run.world > 1)
         run.shard(self.objective, model.model.layers)
         named = self.objective.named_parameters()
         self.parameters = {name.removeprefix("llama."): p for name, p in named}
-        decay = args.weight_decay  # of matrices
-        groups: list[dict] = [{"params": [], "weight_decay": w} for w in (decay, 0.0)]
+        groups: list[dict] = [{"params": [], "weight_decay": w} for w in (0.0, 0.1)]
         for p in self.parameters.values():
-            groups[0 if p.dim() == 2 else 1]["params"].append(p)
+            groups[p.dim() == 2]["params"].append(p)
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-        self.step = run.load_state(self.tensors(), self.settings())
+        self.step = run.load_state(state_tensors(self.parameters, self.optimizer), self.settings())
         if self.step:
             log(f"going on from step {self.step} of {args.steps}")
         run.take_back_metrics(self.step)
@@ -353,48 +345,26 @@ class Trainer:
         given = {k: v if v is None else str(v) for k, v in vars(self.args).items()}
         return {k: v for k, v in given.items() if k not in FREE} | {"recipe": asdict(self.recipe)}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Weights and AdamW's state by name, each shaped as its weight; steps are ().
-
-        AdamW counts steps for each parameter: one that all samples skipped is not updated.
-        """
-        found = {}
-        for name, p in self.parameters.items():
-            state = self.optimizer.state[p]
-            if not state:
-                state["step"] = torch.tensor(0.0, device=p.device)
-                state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            found[f"weight.{name}"] = p.detach()
-            found.update({f"{key}.{name}": value for key, value in state.items()})
-        return found
-
     def save(self) -> None:
-        """Writes the checkpoint in bfloat16, with what tells how it was made, then the state.
+        """Writes the checkpoint in bfloat16, with what it is worth, then the state.
 
         In this order a run that is killed between the two goes on from the state before.
         """
-        run, args = self.run, self.args
+        run, args, layers = self.run, self.args, self.config.n_layers
         weights = run.whole_weights(self.objective)
         if run.rank == 0:
             stored = Llama(self.config).to(torch.bfloat16)
             stored.load_state_dict({k.removeprefix("llama."): v for k, v in weights.items()})
             save_checkpoint(stored, run.out)
+            exits = [*(exit_layers(self.recipe, layers) or range(1, layers)), layers]
             with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-                found = evaluate(stored.float(), self.held_out, args.seq)
-            ids = {"bos_token_id": self.tokenizer.bos, "eos_token_id": self.tokenizer.eos}
-            run.write_json("generation_config.json", ids)
-            record = {
-                "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
-                "recipe": asdict(self.recipe),
-                "seed": args.seed,
-                "steps": self.step,
-                "tokens": self.step * args.batch * args.seq,
-                "held_out_loss_per_exit": found["loss"],
-                "held_out_agreement_per_exit": found["agreement"],
-            }
-            run.write_json("training.json", record)
-            run.add_metrics({"step": self.step, "held_out": found})
-        run.save_state(self.tensors(), {"step": self.step, "settings": self.settings()})
+                found = evaluate(stored.float(), self.held_out, args.seq, exits)
+            about = dict(recipe=asdict(self.recipe), seed=args.seed, steps=self.step)
+            run.describe(about | dict(tokens=self.step * args.batch * args.seq, held_out=found))
+        run.save_state(
+            state_tensors(self.parameters, self.optimizer),
+            {"step": self.step, "settings": self.settings()},
+        )
 
     def train_step(self) -> tuple[dict[int, float], float]:
         """One optimiser step: the mean loss of each exit that it trained, and the gradient's norm.
@@ -420,7 +390,7 @@ class Trainer:
             (total * (self.run.world / counted)).backward()  # sharding takes the mean
             sums += losses
         sums = self.run.sum(sums)
-        norm: Any = nn.utils.clip_grad_norm_(self.parameters.values(), args.clip)
+        norm: Any = nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not math.isfinite(norm) or not sums.isfinite().all():
             raise ValueError(f"the loss is not finite at step {t + 1}: try a lower --lr")
@@ -437,11 +407,10 @@ class Trainer:
         A compiler fits its code to the shapes that it meets first. Without this a resumed run
         could meet others first, and end with other bits.
         """
+        varies = self.recipe.p_max > 0 and self.recipe.dropout_unit == "sample"
         for layer in self.objective.llama.model.layers:
-            layer.compile()
+            layer.compile(dynamic=varies)
         self.objective.exit_loss = torch.compile(self.objective.exit_loss)  # type: ignore
-        if self.recipe.p_max and self.recipe.dropout_unit == "sample":
-            self.objective.mark = lambda x: torch._dynamo.maybe_mark_dynamic(x, 0)
         layers = self.config.n_layers
         batch = self.args.batch // self.run.world // self.args.accumulate
         tokens = torch.zeros(batch, self.args.seq, dtype=torch.long, device=self.device)
@@ -464,11 +433,11 @@ class Trainer:
         log(f"{count / 1e6:.1f}M parameters, {len(self.tokens) / 1e6:.2f}M training tokens")
         if args.compile and self.step < args.steps:
             self.compile()
-        begun, started, shown, stopped = self.step, time.time(), dict[int, float](), False
+        if args.init and not self.step:
+            self.save()  # shows where the training begins
+        begun, started, stopped = self.step, time.time(), False
         while self.step < args.steps and not stopped:
             losses, norm = self.train_step()
-            for exit, loss in losses.items():
-                shown[exit] = 0.95 * shown.get(exit, loss) + 0.05 * loss
             per_step = (time.time() - started) / (self.step - begun)
             rate = args.batch * args.seq / per_step
             row = {"step": self.step, "losses": losses, "norm": norm, "tokens_per_second": rate}
@@ -476,7 +445,7 @@ class Trainer:
             if sys.stderr.isatty() or self.step % 50 == 0 or self.step == args.steps:
                 bar = f"{'#' * (20 * self.step // args.steps):20} {self.step}/{args.steps}"
                 left = f"{(args.steps - self.step) * per_step / 60:.0f} minutes left"
-                text = " ".join(f"{e}:{shown[e]:.2f}" for e in sorted(shown))
+                text = " ".join(f"{exit}:{loss:.2f}" for exit, loss in losses.items())
                 end = "" if sys.stderr.isatty() else "\n"
                 log(f"\r{bar}  {rate:,.0f} tokens/s, {left}  loss {text}", end)
             stopped = self.run.agree(len(stop)) > 0
@@ -497,6 +466,7 @@ def log(text: str, end: str = "\n") -> None:
 # --------------------------------------
 # Command line
 
+SHAPE = Config(2048, 192, 384, 24, n_heads=3, n_kv_heads=1, head_dim=64, max_len=512, tied=True)
 NUMBERS = {  # option: default, least value, what it is
     "steps": (3000, 1, "optimiser steps"),
     "batch": (8, 1, "sequences per step, over all processes"),
@@ -504,18 +474,8 @@ NUMBERS = {  # option: default, least value, what it is
     "accumulate": (1, 1, "run a batch in so many pieces, to save memory"),
     "lr": (1e-3, 1e-12, "peak learning rate"),
     "warmup": (100, 1, "steps of linear warm-up"),
-    "weight-decay": (0.1, 0.0, "AdamW's, of matrices"),
-    "clip": (1.0, 1e-12, "largest norm of the gradient"),
     "save-every": (500, 1, "steps between checkpoints"),
     "seed": (0, 0, "of weights, crops and dropout"),
-    "layers": (24, 1, "of a model from scratch, as are the rest"),
-    "dim": (192, 1, ""),
-    "hidden-dim": (384, 1, ""),
-    "heads": (3, 1, ""),
-    "kv-heads": (1, 1, ""),
-    "head-dim": (64, 1, ""),
-    "vocab": (2048, 1, ""),
-    "max-len": (512, 1, "its context"),
 }
 
 
@@ -535,13 +495,6 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     return recipe
 
 
-def shape_of(args: argparse.Namespace) -> Config:
-    """The shape of a model from scratch."""
-    shape = dict(dim=args.dim, hidden_dim=args.hidden_dim, n_layers=args.layers)
-    shape |= dict(n_heads=args.heads, n_kv_heads=args.kv_heads, head_dim=args.head_dim)
-    return Config(vocab_size=args.vocab, max_len=args.max_len, tied=True, **shape)
-
-
 def parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     p = argparse.ArgumentParser(
@@ -552,7 +505,11 @@ def parser() -> argparse.ArgumentParser:
     add("--out", required=True, metavar="DIR", help="the run's checkpoint, state and metrics")
     text = "stdlib, directories, .txt, or .jsonl with prompt and completion"
     add("--data", nargs="+", default=["stdlib"], metavar="SRC", help=text)
+    add = p.add_mutually_exclusive_group().add_argument
     add("--init", metavar="DIR", help="start from this checkpoint, with its shape and tokenizer")
+    text = "else a config.json with the shape (default: 24 layers of 192, 8 million weights)"
+    add("--config", metavar="FILE", help=text)
+    add = p.add_argument
     for name, (default, _, text) in NUMBERS.items():
         kind = type(default)
         add(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} ({default})")
@@ -561,7 +518,6 @@ def parser() -> argparse.ArgumentParser:
     has = shutil.which("c++") is not None
     text = "compile layers and loss (default: where there is a C++ compiler)"
     add("--compile", action=argparse.BooleanOptionalAction, default=has, help=text)
-    add("--recompute", action="store_true", help="run layers again backward, to save memory")
     add = p.add_argument_group("recipe (options change single settings of it)").add_argument
     add("--recipe", choices=RECIPES, default="layerskip", help="default %(default)s")
     add("--phase", choices=LAYERSKIP, help="LayerSkip's published settings")

@@ -17,6 +17,9 @@ OPTIONS: dict[str, dict] = {
     "ckpt": dict(type=Path, default=DEFAULT_CKPT),
     "shape": dict(choices=SHAPES, help="random weights of this shape, no checkpoint"),
     "prompts": dict(type=int, default=20),
+    "task": dict(
+        choices=["code", "edit", "chat"], default="code", help="edit and chat: of a chat model"
+    ),
     "tokens": dict(type=int, default=256, help="new ones per prompt"),
     "runs": dict(type=int, default=5, help="alternating turns"),
     "exit": dict(type=int, help="exit layer, else the checkpoint's"),
@@ -25,6 +28,7 @@ OPTIONS: dict[str, dict] = {
     "exits": dict(type=int, nargs="+", default=[2, 3, 4, 6, 8]),
     "drafts": dict(type=int, nargs="+", default=[2, 4, 6, 10, 15]),
     "drafter": dict(nargs="+", default=[], help="other drafters, as in decode.py"),
+    "draft-vocab": dict(type=int, nargs="+", default=[], help="exits that guess so many tokens"),
     "tries": dict(type=int, default=200, help="of the search for sublayers to skip"),
     "compile": dict(action="store_true", default=False),
     "dtype": dict(choices=["auto", *DTYPES], default="auto"),
@@ -32,9 +36,9 @@ OPTIONS: dict[str, dict] = {
 }
 DECODING = "prompts tokens runs confidence dtype device"
 COMMANDS: dict[Callable, tuple[str, dict]] = {  # options, and defaults of their own
-    speedup: (f"ckpt {DECODING} exit draft drafter compile", {}),
+    speedup: (f"ckpt {DECODING} exit draft drafter draft-vocab compile", {}),
     sweep: (f"ckpt {DECODING} exits drafts", dict(prompts=5, runs=3)),
-    drafters: (f"ckpt {DECODING} exit draft drafter tries", {}),
+    drafters: (f"ckpt task {DECODING} exit draft drafter tries compile", {}),
     peers: (f"ckpt shape {DECODING} exit draft compile", {}),
     roofline: ("ckpt shape runs dtype device exit draft compile", dict(runs=30)),
     ideal: (
@@ -55,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         one = commands.add_parser(work.__name__, help=short, description=about, allow_abbrev=False)
         for name in options.split():
             one.add_argument(f"--{name}", **OPTIONS[name])
-        every = {name: option.get("default") for name, option in OPTIONS.items()}
+        every = {name.replace("-", "_"): x.get("default") for name, x in OPTIONS.items()}
         one.set_defaults(work=work, **every | defaults)
     return p
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from bench import tasks
 from checkpoint import read_checkpoint
 from command import Run, default_settings, run
-from data import held_out_prompts
 from decode import check_request, generate
 from exact import pack
 from extras.compiled import compile_model
@@ -44,7 +44,7 @@ def target(args: Namespace, part: int = 0) -> Namespace:
         load = partial(load_checkpoint, args.ckpt)
         settings = default_settings(args.ckpt, config, tokenizer)
         settings.pop("eos")
-        prompts = held_out_prompts(2 * args.prompts, tokenizer, 64)[part::2]
+        prompts = tasks.prompts(args, tokenizer, part)
     given = dict(exit_layer=args.exit, draft_len=args.draft, min_confidence=args.confidence)
     settings |= {name: value for name, value in given.items() if value is not None}
     check_request(config, [0], settings["exit_layer"], settings["draft_len"], args.tokens)

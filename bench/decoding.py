@@ -18,37 +18,41 @@ from extras.lens import choose_exit
 def drafted_table(t: Namespace, who: dict[str, dict], temperature: float = 0.0) -> Table:
     """Plain decoding, and drafting with the settings of `who`.
 
-    Plain decoding is exact in --dtype, not exact, and exact in another type. --compile adds a
-    compiled plain way, and compiled drafting, which must write the compiled plain text.
+    Plain decoding is exact in --dtype, not exact, and exact in another type; with --compile, exact
+    in --dtype, and compiled. Drafting is compiled then, and must write the compiled plain text.
     """
-    other = torch.bfloat16 if t.dtype == torch.float32 else torch.float32
-    models = {"plain": pack(t.load(t.dtype)), "plain, not exact": t.load(t.dtype)}
-    models[f"plain, {str(other)[6:]}"] = pack(t.load(other))
+    models, ours = {"plain": pack(t.load(t.dtype))}, "plain"
     if t.compile:
-        models["plain, compiled"] = engine(t, t.load(t.dtype), compiled=True)
+        ours = "plain, compiled"
+        models[ours] = engine(t, t.load(t.dtype), compiled=True)
+    else:
+        other = torch.bfloat16 if t.dtype == torch.float32 else torch.float32
+        models["plain, not exact"] = t.load(t.dtype)
+        models[f"plain, {str(other)[6:]}"] = pack(t.load(other))
     how: dict = dict(prompts=t.prompts, count=t.tokens, sampling=Sampling(temperature))
     works: Works = {name: partial(decode_all, model, **how) for name, model in models.items()}
-    same: dict[str, str] = {}
-    for compiled in ["", ", compiled"] if t.compile else [""]:
-        ours = works["plain" + compiled]
-        works |= {name + compiled: partial(ours, **settings) for name, settings in who.items()}
-        same |= {name + compiled: "plain" + compiled for name in who}
+    works |= {name: partial(works[ours], **settings) for name, settings in who.items()}
+    same = dict.fromkeys(who, ours)
     return title(t, f"temperature {temperature}"), compare(works, t.runs, same)
 
 
 def speedup(args: Namespace) -> list[Table]:
     """Self-speculation against the fastest plain decoding that this code can do.
 
-    --drafter adds other drafters, by decode.py's names for them.
+    --drafter adds other drafters, by decode.py's names for them, and --draft-vocab exits that guess
+    the first N tokens alone.
     """
     t = target(args)
-    return [drafted_table(t, {"drafted": t.settings, **named(t, t.drafter)})]
+    who = {"drafted": t.settings, **named(t, t.drafter)}
+    for n in t.draft_vocab:
+        who[f"exit, {n} tokens"] = named(t, ["exit"], n)["exit"]
+    return [drafted_table(t, who)]
 
 
-def named(t: Namespace, drafters: Iterable[str]) -> dict[str, dict]:
+def named(t: Namespace, drafters: Iterable[str], vocab: int | None = None) -> dict[str, dict]:
     """Settings of generate for drafters by name."""
     raw, base = t.load(t.dtype), t.settings
-    return {who: {**base, **parse_drafter(who, raw, base["exit_layer"])} for who in drafters}
+    return {who: base | parse_drafter(who, raw, base["exit_layer"], vocab) for who in drafters}
 
 
 def sweep(args: Namespace) -> list[Table]:

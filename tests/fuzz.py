@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
 import torch
-from helpers import tiny_config, tiny_model
+from helpers import config_option, tiny_config, tiny_model
 from test_loading import meta_config, split_by_index, write_meta
 from test_tokenizer import byte_level, ours
 
@@ -74,8 +74,8 @@ def directories(base: Path) -> list[Path]:
 
 def trainer(path: Path) -> train.Trainer:
     """A training run of a tiny model, for two steps, in the directory `path`."""
-    small = dict(layers=2, dim=16, hidden_dim=16, heads=2, head_dim=8, vocab=280, seq=16, batch=2)
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in small.items()]
+    small = dict(n_layers=2, dim=16, hidden_dim=16, n_heads=2, n_kv_heads=1, vocab_size=280)
+    options = ["--seq=16", "--batch=2", *config_option(**small)]
     data = ["--data", str(path.parent / "pairs.jsonl"), "--no-compile", "--no-bf16"]
     args = train.parser().parse_args(["--out", str(path), "--steps=2", *options, *data])
     return train.Trainer(args, TrainingRun(args.out, args.init))

@@ -1,6 +1,9 @@
 """Small random models whose exits agree with the full model, and the plainest decoding loop."""
 
+import json
+import tempfile
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,13 +11,21 @@ from torch import Tensor
 
 from cache import KVQCache
 from decode import Sampling, new_cache, next_token
-from model import Config, Llama
+from model import KEYS, Config, Llama, write_config
 
 
 def tiny_config(**changes: Any) -> Config:
     """Four layers of 24, unless `changes` says otherwise."""
     shape: dict = dict(vocab_size=61, dim=24, hidden_dim=40, n_layers=4, n_heads=4, n_kv_heads=2)
     return Config(**{**shape, "head_dim": 8, "max_len": 256, **changes})
+
+
+def config_option(**shape: Any) -> list[str]:
+    """--config of train.py, with the file that it names, for a tied model of this shape."""
+    found = write_config(tiny_config(tied=True, max_len=512), torch.float32)
+    file = Path(tempfile.mkdtemp()) / "config.json"
+    file.write_text(json.dumps(found | {KEYS[name]: value for name, value in shape.items()}))
+    return ["--config", str(file)]
 
 
 def tiny_model(

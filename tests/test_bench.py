@@ -12,10 +12,11 @@ import torch
 from helpers import tiny_config, tiny_model
 
 from bench import __main__ as bench
-from bench import common, decoding, engine, peers
+from bench import common, decoding, engine, peers, tasks
 from command import Run
 from decode import Round, new_cache
 from model import Llama, rotate, save_checkpoint
+from tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def tiny(tmp_path_factory, shipped):
 def run(monkeypatch, capsys, tiny):
     """run("COMMAND --options") -> what it prints, on the small checkpoint and small prompts."""
     prompts = lambda count, tokenizer, length: [[1, n + 3, 40, 7] * 4 for n in range(count)]
-    monkeypatch.setattr(common, "held_out_prompts", prompts)
+    monkeypatch.setattr(tasks, "held_out_prompts", prompts)
     monkeypatch.setitem(common.SHAPES, "8m", tiny_config(vocab_size=99, tied=True))
 
     def main(line: str) -> str:
@@ -63,10 +64,27 @@ def column(text: str, name: str) -> list[str]:
     return found
 
 
+def test_edits_show_what_their_answers_repeat_and_chats_are_by_the_template(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    tokenizer = Tokenizer(tmp_path)
+    for task, wanted in (("edit", tasks.edits(6)), ("chat", tasks.QUESTIONS[:6])):
+        ids = tasks.prompts(Namespace(task=task, ckpt=tmp_path, prompts=6), tokenizer, 0)
+        assert [tokenizer.decode(one) for one in ids] == list(wanted) and len(set(wanted)) == 6
+    code, more, table = tasks.edits(3)
+    assert all("```python\ndef " in text for text in (code, more)) and "Ada Byron, ada2@" in table
+    with pytest.raises(ValueError, match="no chat template"):
+        tasks.prompts(Namespace(task="chat", ckpt=tiny, prompts=6), tokenizer, 0)
+
+
 @pytest.mark.parametrize(
     ("command", "ways"),
     [
         (f"speedup {SIZE}", [*PLAIN, "drafted"]),
+        (
+            f"speedup {SIZE} --drafter lookup --draft-vocab 9 2048",
+            [*PLAIN, "drafted", "lookup", "exit, 9 tokens", "exit, 2048 tokens"],
+        ),
         (
             f"sweep {SIZE} --exits 1 3 --drafts 2",
             [*PLAIN, "--exit 1 --draft 2", "--exit 3 --draft 2"],

@@ -666,3 +666,28 @@ def test_a_prompt_is_asked_for_on_a_terminal_beside_the_text(ckpt):
     os.close(terminal), os.close(keyboard)
     assert run.returncode == 0 and err.count(b"prompt> ") == 2 and b"prompt" not in out
     assert out.endswith(b"\n") and err.count(b"tokens/s") == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Chats
+
+
+def test_a_chat_keeps_what_was_said_and_ends_with_the_template(cli, ckpt, tmp_path):
+    (copy_of(ckpt, tmp_path) / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    )
+    tokenizer, chat = Tokenizer(tmp_path), ["--chat", "--max-new-tokens", "9", "--json"]
+    turn = lambda text: [*tokenizer.encode(text, bos=False), tokenizer.eos]
+    run = cli(*chat, "--interactive", stdin=b"f(x)\nx\n", on=tmp_path)
+    first, second = map(json.loads, run.out.splitlines())
+    assert first["settings"]["eos"] == [tokenizer.eos]
+    assert first["settings"]["prompt_ids"] == turn("f(x)")
+    assert second["settings"]["prompt_ids"] == turn("f(x)") + turn(first["text"]) + turn("x")
+    again = cli(*chat, "--prompt", "f(x)", on=tmp_path)
+    assert json.loads(again.out)["ids"] == first["ids"]
+
+
+def test_a_chat_needs_a_template(cli):
+    run = cli("--chat", *SHORT)
+    assert_one_line(run)
+    assert "has no chat template" in run.err

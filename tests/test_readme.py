@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from helpers import config_option
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 SHORT = "--max-new-tokens 12"
-TINY = "--data corpus --steps 30 --layers 2 --dim 16 --hidden-dim 32 --heads 2 --kv-heads 1"
-TINY += " --head-dim 8 --vocab 280 --seq 32 --batch 2 --no-compile"
+SMALL = config_option(n_layers=2, dim=16, hidden_dim=32, n_heads=2, n_kv_heads=1, vocab_size=280)
+TINY = "--data corpus --steps 30 --seq 32 --batch 2 --no-compile " + " ".join(SMALL)
 
 RUN = {  # command: options that follow it here, so that it ends soon
     "python decode.py --compare": SHORT,
@@ -39,6 +40,11 @@ NOT_RUN = {  # command: why
     "make demo": "installs; what it shows is decode.py --compare",
     "make test": "runs this",
     "make parity": "needs transformers",
+    "make real": "needs transformers and the real model, as do the next three",
+    "make smollm2": "downloads; tests/real.py is about what it makes",
+    "python decode.py --ckpt checkpoints/smollm2 --chat --drafter lookup --compare --prompt "
+    '"Repeat: 2, 3, 5, 7, 11, 13"': "needs the real model",
+    "python decode.py --ckpt checkpoints/smollm2 --chat --interactive": "needs the real model",
 }
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import config_option
 from safetensors.torch import load_file
 
 import data
@@ -29,8 +30,10 @@ STEPS = 24
 COMMON = (
     f"--steps {STEPS} --save-every 3 --batch 4 --seq 32 --warmup 2 --no-compile --no-bf16 "
     "--p-max 0.6 --dropout-time constant "
-    "--layers 3 --dim 32 --hidden-dim 48 --heads 2 --kv-heads 1 --head-dim 16 --vocab 400 --lr 3e-3"
-).split()
+    "--lr 3e-3"
+).split() + config_option(
+    n_layers=3, dim=32, hidden_dim=48, n_heads=2, n_kv_heads=1, head_dim=16, vocab_size=400
+)
 
 
 def child(options: list[str], log: Path, environment: dict, most_bytes: int | None) -> None:
@@ -199,6 +202,7 @@ def test_a_compiled_run_that_is_stopped_ends_with_the_same_bits(whole, tmp_path)
         with suppress(ProcessLookupError):  # it may have come to its end
             os.kill(process.pid, signal.SIGINT)
         process.join(120)
+        assert process.exitcode in (0, 130)
     same_bits(one, other)
 
 
@@ -299,5 +303,5 @@ def test_a_run_goes_on_with_or_without_torchrun_as_it_began(whole, tmp_path, sha
 
 def test_pieces_of_a_batch_train_as_the_batch_does(whole, tmp_path):
     run = prepared(whole[0], tmp_path / "run")
-    finish(start(run, whole[1], extra=("--accumulate", "2", "--recompute")))
+    finish(start(run, whole[1], extra=("--accumulate", "2")))
     close(run, whole[0])

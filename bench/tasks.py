@@ -1,0 +1,68 @@
+"""Three kinds of task for a chat model: what it goes on with, edits, or answers. --task chooses."""
+
+import ast
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+
+from data import held_out_prompts, read_files, stdlib_files
+from extras.chat import Chat
+from tokenizer import Tokenizer
+
+EDITS = (
+    "Repeat this function, but call it `run_{n}` instead.",
+    "Add a docstring to this function and repeat it whole.",
+    "Rename the first argument of this function to `first_{n}`. Give the whole function.",
+)
+EXTRACTS = (
+    "Give the name and the e-mail address of each person as lines `name: address`.",
+    "Copy the lines of those who live in {city}, word for word.",
+    "Give this table as a list of JSON objects.",
+)
+NAMES = ("Ada Byron", "Kurt Stein", "Mary Noether", "Sonja Lovelace", "Alan Hopper", "Grace Gauss")
+CITIES = ("Lisbon", "Oslo", "Vienna")
+QUESTIONS = (
+    "What is the difference between a list and a tuple in Python?",
+    "Write a short story about a lighthouse keeper.",
+    "How do I stay focused while I study?",
+    "Explain photosynthesis to a child.",
+    "Give me a recipe for a quick vegetable soup.",
+    "What should I see in Rome in two days?",
+    "Write a polite e-mail that declines an invitation.",
+    "Why is the sky blue?",
+    "Name five uses of a paper clip.",
+    "How does a bicycle stay upright?",
+)
+
+
+def functions() -> Iterator[str]:
+    """Functions of 8 to 24 lines from held-out files."""
+    for text in (d.text for d in read_files(stdlib_files()) if d.held_out):
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and 8 <= len(ast.unparse(node).split("\n")) < 24:
+                yield "\n".join(text.split("\n")[node.lineno - 1 : node.end_lineno])
+
+
+def edits(count: int) -> list[str]:
+    """Requests whose answers repeat most of what they show: two of code, one of a table."""
+    found, code = [], functions()
+    for n in range(count):
+        if n % 3 < 2:
+            found.append(f"{EDITS[n // 3 % 3].format(n=n)}\n\n```python\n{next(code)}\n```")
+            continue
+        people = [(NAMES[(n + i) % 6], CITIES[(n * i) % 3]) for i in range(6)]
+        rows = [f"{name}, {name.split()[0].lower()}{n}@example.org, {c}" for name, c in people]
+        ask = EXTRACTS[n // 3 % 3].format(city=CITIES[n % 3])
+        found.append(ask + "\n\n" + "\n".join(["name, e-mail, city", *rows]))
+    return found
+
+
+def prompts(args: Namespace, tokenizer: Tokenizer, part: int) -> list[list[int]]:
+    """Ids of --prompts prompts of --task. Part 1 of code is of other files than part 0.
+
+    Raises ValueError where the task is a conversation and the checkpoint has no chat template.
+    """
+    if args.task == "code":
+        return held_out_prompts(2 * args.prompts, tokenizer, 64)[part::2]
+    ask: Callable[[str], list[int]] = Chat(args.ckpt).ask
+    texts = edits(args.prompts) if args.task == "edit" else QUESTIONS[: args.prompts]
+    return [ask(text) for text in texts]

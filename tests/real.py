@@ -1,0 +1,183 @@
+"""The real model, SmolLM2-135M-Instruct, against transformers; and every drafter on it.
+
+    make real            makes the checkpoint, installs transformers and runs this
+
+In float32: logits of 20 texts within 1e-5 relative to the largest, and greedy text equal, of
+prompts and of chats; tokens of 2,000 strings equal; streamed text equal to decoded text; what
+save_checkpoint writes gives transformers the same logits. Then each drafter's tokens and logits
+against plain decoding's, in both types, eager and compiled. Last, time and memory of loading. Exit
+code 1 where one of these does not hold.
+"""
+
+import argparse
+import pydoc_data.topics
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import numpy as np
+import torch
+import transformers
+from load_1b import LOAD, READ, figures
+
+from data import held_out_prompts, read_files, stdlib_files
+from decode import Sampling, generate
+from exact import pack
+from extras.chat import Chat
+from extras.compiled import compile_model
+from extras.drafters import parse_drafter
+from extras.kangaroo import Adapter, save_adapter
+from model import Llama, load_checkpoint, save_checkpoint
+from tokenizer import Stream, Tokenizer
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+CKPT, EXIT, NEW = ROOT / "checkpoints" / "smollm2", 8, 64
+DRAFTERS = (
+    "exit",
+    "lookup",
+    "lookup+exit",
+    "jacobi",
+    "skip:attn:9,14,mlp:20",
+    "kangaroo:{adapter}",
+)
+LANGUAGES = (
+    "機械学習のモデルは、次の単語を予測します。",
+    "大型语言模型一次生成一个词元。",
+    "언어 모델은 다음 단어를 예측한다.",
+    "Языковая модель предсказывает слово.",
+    "🎉🚀 ¿Qué tal? 👩‍👩‍👧‍👦 naïve café ½ ≤ ∑ \u200b\t\r\n",
+    "عربي मानक ไทย Ünïcödé <|im_end|> [INST] <s>",
+)
+QUESTIONS = (
+    "Hello, how are you?",
+    "What is the capital of France?",
+    "Write a Python function that reverses a list.",
+    "Name three colours.\n\nOne per line.",
+    "Translate to French: good morning",
+)
+
+
+def texts() -> list[str]:
+    """20 texts of 10 to 4,000 tokens: code, prose, other scripts."""
+    code = [d.text for d in read_files(stdlib_files()) if d.held_out and len(d.text) > 16_000]
+    prose = list(pydoc_data.topics.topics.values())
+    parts = [code[i][: 300 * 2**i] for i in range(6)] + [prose[i][: 60 * 2**i] for i in range(7)]
+    mixed = "\n".join(LANGUAGES) + code[7][:200]
+    return [*parts, *LANGUAGES, mixed]
+
+
+def strings(count: int) -> list[str]:
+    """Cuts of the texts at random places, whatever they cut."""
+    random, whole = np.random.default_rng(0), "\n".join(texts())
+    starts, lengths = random.integers(0, len(whole), count), random.integers(0, 200, count)
+    return [whole[a : a + b] for a, b in zip(starts, lengths)]
+
+
+def greedy(reference: transformers.LlamaForCausalLM, ids: list[int], eos: int | None) -> list[int]:
+    """transformers' next tokens."""
+    x, plain = torch.tensor([ids]), dict(do_sample=False, pad_token_id=0)
+    out = reference.generate(
+        x, attention_mask=torch.ones_like(x), max_new_tokens=NEW, eos_token_id=eos, **plain
+    )
+    return out[0, len(ids) :].tolist()
+
+
+def emitted(model: Llama, ids: list[int], **settings) -> tuple[list[int], torch.Tensor]:
+    """Tokens and logits (T, V) of a generation."""
+    rounds = list(generate(model, ids, **settings))
+    return [t for r in rounds for t in r.emitted], torch.cat([r.logits for r in rounds])
+
+
+@torch.no_grad()
+def against_transformers(tokenizer: Tokenizer) -> str:
+    """Everything that transformers has too. Raises AssertionError where it differs."""
+    read = transformers.LlamaForCausalLM.from_pretrained
+    reference, theirs = read(CKPT, dtype=torch.float32).eval(), transformers.AutoTokenizer
+    theirs, model, worst, longest = theirs.from_pretrained(CKPT), load(torch.float32), 0.0, 0
+    for text in strings(2000):
+        ids = tokenizer.encode(text)
+        assert ids == theirs(text).input_ids, f"other tokens for {text!r}"
+        stream = Stream(tokenizer, [])
+        parts = [stream.feed([token]) for token in ids] + [stream.finish()]
+        assert "".join(parts) == tokenizer.decode(ids), f"streamed otherwise: {text!r}"
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(model, folder)
+        again = read(folder, dtype=torch.float32).eval()
+        for text in texts():
+            x = torch.tensor([tokenizer.encode(text)])
+            expected = reference(x).logits
+            error = ((model(x) - expected).abs().max() / expected.abs().max()).item()
+            assert error < 1e-5, f"logits differ by {error:.1e} for {text[:40]!r}"
+            assert torch.equal(again(x).logits, expected), "what was saved gives other logits"
+            worst, longest = max(worst, error), max(longest, x.shape[1])
+    pack(model)
+    for prompt in held_out_prompts(20, tokenizer, 64):
+        ids, _ = emitted(model, prompt, exit_layer=EXIT, max_new_tokens=NEW, eos=())
+        assert ids == greedy(reference, prompt, None), "greedy text differs"
+    chat = Chat(CKPT)
+    for question in QUESTIONS:
+        turns = [*chat.messages, dict(role="user", content=question)]
+        ids = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        assert chat.ask(question) == ids, f"another rendering of {question!r}"
+        answer, _ = emitted(model, ids, max_new_tokens=NEW, eos=chat.ends)
+        assert answer == greedy(reference, ids, chat.ends[0]), "the answer differs"
+        chat.keep(question, tokenizer.decode(answer[:-1]))
+    said = f"logits of 20 texts (up to {longest:,} tokens) within {worst:.1e} of transformers'"
+    return f"{said}; 2,000 strings, 20 greedy texts and {len(QUESTIONS)} chat answers equal"
+
+
+def load(dtype: torch.dtype) -> Llama:
+    return load_checkpoint(CKPT, dtype)
+
+
+def drafted(tokenizer: Tokenizer, prompts: int, tokens: int) -> Iterator[int]:
+    """Tokens of each drafted run. Raises AssertionError where one is not plain decoding's."""
+    adapter = Path(tempfile.mkdtemp())
+    save_adapter(Adapter(load(torch.float32).config, EXIT), adapter, {})
+    half = prompts // 2
+    asked = [Chat(CKPT).ask(f"Repeat this:\n{t}") for t in (d[:200] for d in texts()[:half])]
+    starts = held_out_prompts(prompts - half, tokenizer, 64) + asked
+    for dtype in (torch.bfloat16, torch.float32):
+        for compiled in (False, True):
+            model = load(dtype)
+            names = [name.format(adapter=adapter) for name in DRAFTERS]
+            drafters = {name: parse_drafter(name, model, EXIT) for name in names}
+            model = compile_model(model, EXIT) if compiled else pack(model)
+            for number, ids in enumerate(starts):
+                how = dict(max_new_tokens=tokens, eos=())
+                how["sampling"] = Sampling(0.8 * (number % 2), seed=number)
+                plain, logits = emitted(model, ids, **how)
+                for name, settings in drafters.items():
+                    found, bits = emitted(model, ids, **how, **dict(draft_len=5) | settings)
+                    where = f"{name}, {dtype}, {'compiled' if compiled else 'eager'}"
+                    assert found == plain and torch.equal(bits, logits), f"{where} differs"
+                    yield len(found)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(prog="real.py", description=__doc__.splitlines()[0])
+    p.add_argument("--prompts", type=int, default=20, help="for each drafter, type and engine")
+    p.add_argument("--tokens", type=int, default=100, help="new tokens of each")
+    args, tokenizer = p.parse_args(), Tokenizer(CKPT)
+    print(against_transformers(tokenizer), flush=True)
+    runs, total = 0, 0
+    for count in drafted(tokenizer, args.prompts, args.tokens):
+        runs, total = runs + 1, total + count
+        print(f"\r{runs} drafted runs", end="", file=sys.stderr, flush=True)
+    print(f"\n{total:,} tokens in {runs} runs of {len(DRAFTERS)} drafters: 0 differences")
+    pairs = [(figures(READ, CKPT), figures(LOAD, CKPT)) for _ in range(5)]
+    seconds = statistics.median(load[0] / read[0] for read, load in pairs)
+    peak = max(load[1] / load[2] for _, load in pairs)
+    print(
+        f"loading takes {seconds:.2f} times reading the file, {peak:.2f} times its memory at most"
+    )
+
+
+if __name__ == "__main__":
+    main()
