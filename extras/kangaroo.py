@@ -153,7 +153,7 @@ def train(args: argparse.Namespace) -> None:
         found = torch.stack([torch.stack(loss_on(1, number)) for number in range(16)])
         loss, agreement = found.mean(0).tolist()
         text = f"held-out loss {loss:.3f}, agreement {agreement:.3f}"
-        print(f"step {step} of {args.steps}: {text}", file=sys.stderr, flush=True)
+        print(f"\rstep {step} of {args.steps}: {text}", file=sys.stderr, flush=True)
         return loss
 
     optimizer = torch.optim.AdamW(adapter.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
@@ -166,6 +166,8 @@ def train(args: argparse.Namespace) -> None:
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if sys.stderr.isatty():
+            print(f"\rstep {step} of {args.steps}, loss {loss:.3f} ", end="", file=sys.stderr)
         if step % max(1, args.steps // 10) == 0 or step == args.steps:
             found = report(step)
     if not math.isfinite(found):
