@@ -79,9 +79,11 @@ def drafters(args: Namespace) -> list[Table]:
     raw, base = t.load(t.dtype), t.settings
     show = lambda number, *_: progress(f"search {number} of {t.tries}")
     attention, mlp, _ = search_skips(raw, texts, t.tries, on_try=show)
-    chosen = [choose_exit(raw, prompt, base) for prompt in t.prompts]
-    auto = {name: [one[name] for one in chosen] for name in ("exit_layer", "draft_len")}
-    who = {"early exit": base, "exit auto": {**base, **auto}}
+    who = {"early exit": base}
+    if not t.compile:  # graphs are of one exit
+        chosen = [choose_exit(raw, prompt, base) for prompt in t.prompts]
+        auto = {name: [one[name] for one in chosen] for name in ("exit_layer", "draft_len")}
+        who["exit auto"] = {**base, **auto}
     who |= named(t, ("lookup", "lookup+exit", "jacobi", *t.drafter))
     skip = dict(exit_layer=0, drafter=partial(SkipLayers, attention=attention, mlp=mlp))
     who[f"skip {len(attention)} attention, {len(mlp)} MLP"] = {**base, **skip}

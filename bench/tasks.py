@@ -57,11 +57,11 @@ def edits(count: int) -> list[str]:
 
 
 def prompts(args: Namespace, tokenizer: Tokenizer, part: int) -> list[list[int]]:
-    """Ids of --prompts prompts of --task. Part 1 of code is of other files than part 0.
+    """Ids of --prompts prompts of --task; of part 1, which settings are chosen on, always code.
 
     Raises ValueError where the task is a conversation and the checkpoint has no chat template.
     """
-    if args.task == "code":
+    if args.task == "code" or part:
         return held_out_prompts(2 * args.prompts, tokenizer, 64)[part::2]
     ask: Callable[[str], list[int]] = Chat(args.ckpt).ask
     texts = edits(args.prompts) if args.task == "edit" else QUESTIONS[: args.prompts]
