@@ -5,8 +5,8 @@ whoever drafts. A graph takes up to ROWS rows; a longer pass is cut. Weights are
 (freezing), and products are by Inductor's own C++ template, which sums a row in the same order
 whatever the number of rows. Cache and positions are inputs: a graph has no state.
 
-Graphs are compiled ahead of time (torch.export, AOTInductor), and kept on disk for the next
-process. float64 has no template.
+Graphs are compiled ahead of time (torch.export, AOTInductor), and kept on disk. float64 has no
+template.
 """
 
 import hashlib
@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.export import Dim
 
-import model as core
 from cache import KVQCache
-from decode import new_cache
+from decode import check_request, new_cache
 from exact import MAX_ROWS, PackedAttention, PackedMLP
 from model import Layer, Llama
 
@@ -40,15 +39,11 @@ OPTIONS = {
     "emulate_precision_casts": True,  # round where PyTorch does, however operations are fused
 }
 
-# --------------------------------------
-# What is compiled
-
 
 def joined(*layers: nn.Linear) -> nn.Linear:
     """Linear layers of the same input as one."""
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    one = nn.Linear(weight.shape[1], weight.shape[0], False, device="meta")
-    one.weight = nn.Parameter(weight, requires_grad=False)
+    weight, one = torch.cat([layer.weight.detach() for layer in layers]), copy(layers[0])
+    one._parameters = {"weight": nn.Parameter(weight, False), "bias": None}
     return one
 
 
@@ -123,7 +118,7 @@ class Graphs:
     """The decoding passes of a model as graphs between `cuts`, from 0 to L."""
 
     def __init__(self, model: Llama, cuts: list[int]):
-        self.model, self.cuts, self.plain = model, cuts, model.run_layers
+        self.model, self.cuts, self.plain = model, cuts, (model.run_layers, model.unembed)
         c, self.most = model.config, ROWS[model.dtype]
         # As in exact.RowAttention: no lone row of one key/value head.
         self.least = 2 if c.n_kv_heads == 1 else 1
@@ -152,7 +147,7 @@ class Graphs:
     ) -> Tensor:
         """Llama.run_layers. Raises ValueError where a decoding pass begins or ends in a graph."""
         if cache is None or len(h) > MAX_ROWS:
-            return self.plain(h, first, last, cache, start)
+            return self.plain[0](h, first, last, cache, start)
         within = [cut for cut in self.cuts if first <= cut <= last]
         if within[:1] != [first] or within[-1:] != [last]:
             raise ValueError(f"no graph begins and ends at {first} and {last}: only {self.cuts} do")
@@ -176,16 +171,17 @@ class Graphs:
     def unembed(self, h: Tensor) -> Tensor:
         """Llama.unembed."""
         if h.dim() > 2 or len(h) > MAX_ROWS:
-            return self.model.lm_head(self.model.model.norm(h))
-        return torch.cat([self.head([self.least_rows(x)])[0][: len(x)] for x in h.split(self.most)])
+            return self.plain[1](h)
+        out = [self.head([self.least_rows(x)])[0][: len(x)] for x in h.split(self.most)]
+        return torch.cat(out) if len(out) > 1 else out[0]
 
 
 def fingerprint(model: Llama) -> str:
     """A name for what graphs depend on: weights, code, PyTorch and the processor."""
     about = torch.__version__, torch.get_num_threads(), torch.cpu.get_capabilities(), OPTIONS
     digest = hashlib.sha256(repr((model.config, *about)).encode())
-    for code in (__file__, str(core.__file__)):
-        digest.update(Path(code).read_bytes())
+    for code in ("extras/compiled.py", "exact.py", "model.py"):
+        digest.update((Path(__file__).parents[1] / code).read_bytes())
     for p in model.parameters():
         digest.update(p.detach().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
@@ -202,14 +198,12 @@ def compile_model(model: Llama, exit_layer: int = 0) -> Llama:
         raise ValueError("--compile is for float32 and bfloat16 on a CPU: leave it out")
     if not (os.environ.get("CXX") or shutil.which("c++")):
         raise ValueError("--compile needs a C++ compiler, and there is none called c++")
-    c, last = model.config, model.config.n_layers - 1
-    if not 0 <= exit_layer <= last:
-        raise ValueError(f"the exit layer must be from 0 to {last}, not {exit_layer}")
+    c = model.config
+    check_request(c, [0], exit_layer, 1, 1)
     graphs = Graphs(model, sorted({0, exit_layer, c.n_layers}))
     model.run_layers = graphs.run_layers  # type: ignore[method-assign]
     model.unembed = graphs.unembed  # type: ignore[method-assign]
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(MAX_ROWS, c.dim, generator=random).to(model.dtype)
+    x = torch.arange(MAX_ROWS * c.dim).sin().view(MAX_ROWS, -1).to(model.dtype)
     cache = new_cache(c, MAX_ROWS, 1, model.dtype, model.device)
 
     def logits(first: int, rows: int) -> Tensor:
