@@ -1,12 +1,11 @@
-"""Compiled decoding (`decode.py --compile`): layers as graphs of TorchInductor, with the same law.
+"""Compiled decoding (`decode.py --compile`): layers as graphs of TorchInductor, as exact.
 
 Layers below the exit are one graph and those above it another, so a token meets the same code
 whoever drafts. A graph takes up to ROWS rows; a longer pass is cut. Weights are constants of it
 (freezing), and products are by Inductor's own C++ template, which sums a row in the same order
 whatever the number of rows. Cache and positions are inputs: a graph has no state.
 
-Graphs are compiled ahead of time (torch.export, AOTInductor), and kept on disk. float64 has no
-template.
+Graphs are compiled ahead of time (torch.export, AOTInductor), and kept on disk.
 """
 
 import hashlib
@@ -102,7 +101,7 @@ class Layers(nn.Module):
 def make_graph(file: Path, module: nn.Module, inputs: tuple, dynamic: tuple) -> Callable:
     """The module compiled for such inputs, of which `dynamic` sizes may differ; kept in `file`."""
     if not file.exists():
-        print(f"compiling {file.stem}, once for these weights", file=sys.stderr, flush=True)
+        print(f"compiling {file.stem}, once", file=sys.stderr, flush=True)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
