@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict] = {
 }
 DECODING = "prompts tokens runs confidence dtype device"
 COMMANDS: dict[Callable, tuple[str, dict]] = {  # options, and defaults of their own
-    speedup: (f"ckpt {DECODING} exit draft drafter draft-vocab compile", {}),
+    speedup: (f"ckpt task {DECODING} exit draft drafter draft-vocab compile", {}),
     sweep: (f"ckpt {DECODING} exits drafts", dict(prompts=5, runs=3)),
     drafters: (f"ckpt task {DECODING} exit draft drafter tries compile", {}),
     peers: (f"ckpt shape {DECODING} exit draft compile", {}),
