@@ -367,7 +367,7 @@ def decode(args: argparse.Namespace) -> None:
     if args.drafter != "exit" or args.draft_vocab is not None:
         from extras.drafters import parse_drafter
 
-        if args.exit and not args.drafter.endswith("exit"):
+        if args.exit and args.drafter not in ("exit", "lookup+exit"):
             raise ValueError(f"--drafter {args.drafter:.40} takes no --exit: leave it out")
         settings |= parse_drafter(args.drafter, model, settings["exit_layer"], args.draft_vocab)
     settings |= given
@@ -383,7 +383,7 @@ def decode(args: argparse.Namespace) -> None:
         from extras.compiled import ROWS, compile_model
 
         model = compile_model(model, settings["exit_layer"])
-        if args.draft_len is None:
+        if args.draft_len is None and args.exit != "auto":
             settings["draft_len"] = ROWS[model.dtype] - 1  # fills one pass
     elif not args.no_exact:
         pack(model)

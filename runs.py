@@ -36,7 +36,7 @@ class TrainingRun:
 
     def lock(self) -> None:
         """Makes the directory this run's alone. Refuses one with a checkpoint that no run made."""
-        ours = (self.out / "data.json").exists()
+        ours = any((self.out / name).exists() for name in ("lock", "data.json"))
         other = "state.safetensors" if self.state != "state.safetensors" else "state-shards"
         if (self.out / other).exists():
             how = "without" if self.world > 1 else "with"
@@ -125,15 +125,13 @@ class TrainingRun:
             differs = [k for k, v in settings.items() if found["settings"].get(k) != v]
             if type(step) is not int or step < 0:
                 raise ValueError(f"its step is {step!r:.40}")
+            if not differs:
+                self.read_tensors(path, tensors)
         except (*wrong, SafetensorError) as error:
             raise ValueError(f"{path} is damaged ({error!s:.200}): choose another --out") from None
         if differs:
             what = f"a run with other settings ({', '.join(differs)})"
             raise ValueError(f"{self.out} holds {what}: use the same, or another --out")
-        try:
-            self.read_tensors(path, tensors)
-        except (*wrong, SafetensorError) as error:
-            raise ValueError(f"{path} is damaged ({error!s:.200}): choose another --out") from None
         return step
 
     def about(self, path: Path) -> dict:
@@ -154,7 +152,10 @@ class TrainingRun:
                 file.write(json.dumps(row) + "\n")
 
     def take_back_metrics(self, step: int) -> None:
-        """Drops rows after `step`, which a killed run wrote, and rows that are damaged."""
+        """Drops rows after `step`, which a killed run wrote, and rows that are damaged.
+
+        All rows at step 0, which the run begins with.
+        """
         path, kept = self.out / "metrics.jsonl", []
         if self.rank or not path.exists():
             return
@@ -163,7 +164,7 @@ class TrainingRun:
                 found = parse_object(line, path.name).get("step")
             except ValueError:
                 continue
-            if type(found) is int and found <= step:
+            if type(found) is int and 0 < step >= found:
                 kept.append(line + "\n")
         with whole_file(path) as file:
             file.write("".join(kept).encode())

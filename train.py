@@ -256,17 +256,17 @@ def evaluate(
 ) -> dict[int, dict[str, float]]:
     """Held-out loss of each exit, and its agreement with the last's greedy token, on crops.
 
-    `exits` are in order, the last layer among them.
+    Where targets have a loss. `exits` are in order, the last layer among them.
     """
     sums = {exit: torch.zeros(2, device=model.device) for exit in exits}
     for step in range(batches):
         x, y = (z.to(model.device) for z in tokens.crops(batch, length, seed=0, step=step))
-        h, depth, said = model.embed(x), 0, {}
+        h, depth, said, counted = model.embed(x), 0, {}, y.flatten() != IGNORED
         for exit in exits:
             h, depth = model.run_layers(h, depth, exit), exit
             logits = model.unembed(h).float().flatten(0, 1)
             loss = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORED)
-            said[exit] = loss, logits.argmax(-1)
+            said[exit] = loss, logits.argmax(-1)[counted]
         for exit, (loss, picks) in said.items():
             sums[exit] += torch.stack([loss, (picks == said[exits[-1]][1]).float().mean()])
     means = {exit: (pair / batches).tolist() for exit, pair in sums.items()}

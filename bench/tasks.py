@@ -1,4 +1,4 @@
-"""Three kinds of task for a chat model: what it goes on with, edits, or answers. --task chooses."""
+"""What is decoded: held-out code, or of a chat model edits or answers. --task chooses."""
 
 import ast
 from argparse import Namespace
@@ -35,7 +35,7 @@ QUESTIONS = (
 
 
 def functions() -> Iterator[str]:
-    """Functions of 8 to 24 lines from held-out files."""
+    """Short functions from held-out files, of 8 to 23 lines without comments."""
     for text in (d.text for d in read_files(stdlib_files()) if d.held_out):
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef) and 8 <= len(ast.unparse(node).split("\n")) < 24:
@@ -57,7 +57,7 @@ def edits(count: int) -> list[str]:
 
 
 def prompts(args: Namespace, tokenizer: Tokenizer, part: int) -> list[list[int]]:
-    """Ids of --prompts prompts of --task; of part 1, which settings are chosen on, always code.
+    """Ids of --prompts prompts of --task, at most ten of chat. Part 1, to choose on, is code.
 
     Raises ValueError where the task is a conversation and the checkpoint has no chat template.
     """

@@ -18,8 +18,8 @@ from sentencepiece import SentencePieceProcessor
 
 from checkpoint import read_json
 
-GUARD = "\ufdd0"  # no character; stands within special tokens that a user wrote
-ANSWER = "\ufdd1"  # as an assistant's answer
+GUARD = "\ufdd0"  # a code that is no character: breaks up special tokens that a user wrote
+ANSWER = "\ufdd1"  # another: stands for an answer, to see what the template puts after it
 
 
 def refuse(reason: str) -> NoReturn:
@@ -28,7 +28,7 @@ def refuse(reason: str) -> NoReturn:
 
 
 class Chat:
-    """A conversation: messages so far, and their ids. Raises ValueError where there is no template.
+    """A conversation: its messages so far. Raises ValueError where there is no template.
 
     `ends` has the id that ends an answer, if the template has one.
     """

@@ -221,7 +221,7 @@ def parse_drafter(
     (name, _, rest), part = text.partition(":"), "(attn|mlp):([0-9]+(?:,[0-9]+)*)"
     drafter: Callable[..., Drafter]
     settings: dict = dict(exit_layer=0)
-    if draft_vocab is not None and not text.endswith("exit"):
+    if draft_vocab is not None and text not in ("exit", "lookup+exit"):
         raise ValueError("--draft-vocab is for drafts of an exit: leave it out")
     if text in ("exit", "lookup+exit"):
         head, size = None, model.config.vocab_size

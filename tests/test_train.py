@@ -584,6 +584,18 @@ def test_what_cannot_be_allocated_is_one_line(tmp_path, monkeypatch, capsys):
         refused(monkeypatch, capsys, tmp_path / str(dim), *FEW, "--steps", "2", *huge)
 
 
+def test_a_run_that_ended_while_it_read_the_data_can_be_started_again(
+    tmp_path, monkeypatch, capsys
+):
+    short = tmp_path / "short.txt"
+    short.write_text("x = 1\n" * 400)
+    common = ["--batch", "2", "--seq", "32", *SHAPE, "--steps", "2"]
+    refused(monkeypatch, capsys, tmp_path / "run", "--data", str(short), *common)
+    (tmp_path / "run" / "tokenizer.model").write_bytes(b"half of")
+    run_train(monkeypatch, tmp_path / "run", *common, "--data", "tests")
+    assert load_checkpoint(tmp_path / "run").config.n_layers == 3
+
+
 BAD = """--steps 0|--exits 24|--exits a|--exits 0|--p-max 1|--rotation -1|--seq 600
 --config no.json|--config .|--e-scale nan|--batch 3 --accumulate 2|--lr 0|--seed -1
 --recipe lite --phase finetune|--config {one}|--config {odd}|--data no/such
