@@ -67,7 +67,7 @@ def texts() -> list[str]:
     """20 texts of 10 to 4,000 tokens: code, prose, other scripts."""
     code = [d.text for d in read_files(stdlib_files()[::9]) if len(d.text) > 16_000]
     prose = list(pydoc_data.topics.topics.values())
-    parts = [code[i][: 300 * 2**i] for i in range(6)] + [prose[i][: 60 * 2**i] for i in range(7)]
+    parts = [code[i][: 500 * 2**i] for i in range(6)] + [prose[i][: 60 * 2**i] for i in range(7)]
     mixed = "\n".join(LANGUAGES) + code[7][:200]
     return [*parts, *LANGUAGES, mixed]
 
