@@ -3,6 +3,7 @@
 import ast
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from itertools import cycle
 
 from data import held_out_prompts, read_files, stdlib_files
 from extras.chat import Chat
@@ -44,7 +45,7 @@ def functions() -> Iterator[str]:
 
 def edits(count: int) -> list[str]:
     """Requests whose answers repeat most of what they show: two of code, one of a table."""
-    found, code = [], functions()
+    found, code = [], cycle(functions())
     for n in range(count):
         if n % 3 < 2:
             found.append(f"{EDITS[n // 3 % 3].format(n=n)}\n\n```python\n{next(code)}\n```")

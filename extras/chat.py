@@ -44,7 +44,7 @@ class Chat:
             raise ValueError(f"{path} has no chat template: leave out --chat")
         self.special, self.encode = special_tokens(path)
         names = {k: v for k, v in found.items() if k.endswith("_token")}
-        self.names = {k: v["content"] if isinstance(v, dict) else v for k, v in names.items()}
+        self.names = {k: v.get("content") if isinstance(v, dict) else v for k, v in names.items()}
         engine = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
