@@ -100,7 +100,7 @@ class KVQCache:
         self.length += rows
 
     def rewind(self, length: int) -> None:
-        """Forgets every position from `length` on. Raises ValueError when it is not live."""
+        """Forgets positions from `length` on, in a drafter's own cache. ValueError if not live."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: {self.length} positions are live")
         self.length = length

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -228,21 +227,3 @@ def write_tokens(
     return Tokens(folder / "train.bin", tokenizer.vocab_size), Tokens(
         folder / "held_out.bin", tokenizer.vocab_size
     )
-
-
-def held_out_prompts(count: int, tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """`count` prompts of `length` tokens from held-out files, each up to a function's first line.
-
-    They take turns: one from every file before a second from any.
-    """
-    places = []
-    for text in (d.text for d in read_files(stdlib_files()) if d.held_out):
-        heads = [m.end() for m in re.finditer(r"\n *def [^\n]*:\n", text) if m.end() > 8 * length]
-        picked = heads[len(heads) // 8 :: max(1, len(heads) // 4)][:4]
-        places += [(turn, text[:place]) for turn, place in enumerate(picked)]
-    places.sort(key=lambda p: p[0])
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
-    return [
-        start + tokenizer.encode(text[-8 * length :], bos=False)[len(start) - length :]
-        for _, text in places[:count]
-    ]

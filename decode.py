@@ -197,7 +197,7 @@ def generate(
     exit_layer    E, from 1 to L-1: draft with layers [0, E). 0: no draft, the full model alone.
     draft_len     d, from 1 to MAX_ROWS - 1: the most tokens drafted in a round.
     min_confidence   see draft.
-    drafter       makes another drafter than layers [0, E), see extras/drafters.py:
+    drafter       makes a drafter in place of layers [0, E), which says E; see extras/drafters.py:
                   drafter(model, cache, min_confidence, eos).draft(tokens, limit, pick)
                   -> (at most `limit` guesses, E). E > 0: layers [0, E) ran, and left in the
                   cache what draft leaves. 0: verification runs every layer.

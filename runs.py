@@ -8,6 +8,7 @@ import fcntl
 import json
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ class TrainingRun:
     def __init__(self, out: str | Path, init: str | Path | None):
         self.out, self.init = Path(out), None if init is None else Path(init)
         self.locked: IO | None = None
+        self.asked = 0  # to stop
 
     def lock(self) -> None:
         """Makes the directory this run's alone. Refuses one with a checkpoint that no run made."""
@@ -68,7 +70,7 @@ class TrainingRun:
         wanted = {"data": sources, "vocab": vocab, "init": self.init and str(self.init)}
         done = self.out / "data.json"
         if not done.exists():
-            print("reading the data", file=sys.stderr)
+            self.say("reading the data")
             if self.init:
                 for name in ("tokenizer.model", "tokenizer.json"):
                     if (self.init / name).is_file():
@@ -168,6 +170,36 @@ class TrainingRun:
                 kept.append(line + "\n")
         with whole_file(path) as file:
             file.write("".join(kept).encode())
+
+    # ------------------------------------------------------------------------ the person who waits
+
+    def say(self, text: str, end: str = "\n") -> None:
+        """Text to stderr, from the first process alone."""
+        if self.rank == 0:
+            print(text, end=end, file=sys.stderr, flush=True)
+
+    def progress(self, row: dict, steps: int, seconds_left: float) -> None:
+        """Says a row of metrics: on a terminal after each step, else now and then."""
+        step, terminal = row["step"], sys.stderr.isatty()
+        if terminal or step % 50 == 0 or step == steps:
+            bar = f"{'#' * (20 * step // steps):20} {step}/{steps}"
+            speed, left = f"{row['tokens_per_second']:,.0f} tokens/s", f"{seconds_left / 60:.0f}"
+            text = " ".join(f"{exit}:{loss:.2f}" for exit, loss in row["losses"].items())
+            end = "" if terminal else "\n"
+            self.say(f"\r{bar}  {speed}, {left} minutes left  loss {text}", end)
+
+    def watch_ctrl_c(self) -> None:
+        """From now on Ctrl-C shows in stopped(). A second one ends the process at once."""
+
+        def ask_to_stop(*_: object) -> None:
+            self.asked = 1
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        signal.signal(signal.SIGINT, ask_to_stop)
+
+    def stopped(self) -> bool:
+        """Whether Ctrl-C was pressed, in any process."""
+        return self.agree(self.asked) > 0
 
     # -------------------------------------------------------------------- for several processes
 

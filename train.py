@@ -17,8 +17,6 @@ import argparse
 import math
 import os
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -150,7 +148,7 @@ def exit_weights(t: int, layers: int, steps: int, recipe: Recipe) -> dict[int, f
 # The objective
 
 
-def draw_kept(seed: int, t: int, drop: list[float], batch: int, unit: str) -> np.ndarray:
+def draw_mask(seed: int, t: int, drop: list[float], batch: int, unit: str) -> np.ndarray:
     """M of step t, (L, batch) bool: which samples run which layers. A pure function.
 
     drop[l] is the probability of skipping layer l. unit "batch": all samples skip it or none.
@@ -167,19 +165,14 @@ def run_with_dropout(
     h: Tensor,
     cos: Tensor,
     sin: Tensor,
-    kept: Tensor,
+    mask: Tensor,
     keep: float = 1.0,
-    always: bool = False,
 ) -> Tensor:
-    """x + M f(x) / keep for h (B, T, dim): the layer runs on the samples where kept (B,) is true.
+    """x + M f(x) / keep for h (B, T, dim): the layer runs on the samples where mask (B,) is true.
 
     The others pass unchanged and cost nothing. LayerSkip and LayerDrop do not rescale: keep = 1.
-    `always` runs the layer on no samples rather than not at all: a sharded layer is gathered by all
-    processes or none.
     """
-    if not kept.any() and not always:
-        return h
-    index = None if kept.all() else kept.nonzero()[:, 0]
+    index = None if mask.all() else mask.nonzero()[:, 0]
     x = h if index is None else h[index]
     y = layer(x, cos, sin).to(h.dtype)
     if keep < 1:
@@ -196,34 +189,35 @@ class Objective(nn.Module):
     Raises ValueError for a packed model.
     """
 
-    def __init__(self, llama: Llama, sharded: bool = False):
+    def __init__(self, llama: Llama):
         super().__init__()
         if not isinstance(llama.lm_head, nn.Linear):
             raise ValueError("a packed model does not train: load it again")
-        self.llama, self.sharded = llama, sharded
+        self.llama = llama
 
     def forward(
         self,
         tokens: Tensor,
         targets: Tensor,
-        kept: np.ndarray,
-        runs: np.ndarray,
+        mask: np.ndarray,
+        used: np.ndarray,
         keep: list[float],
         weights: dict[int, float],
     ) -> tuple[Tensor, Tensor]:
         """J (), summed over the targets of tokens (B, T), and each exit's summed loss, (exits,).
 
-        kept (L, B): which samples run a layer. runs (L,): whether any sample of any process does.
-        keep: 1 - p(l, t), or 1. weights: see exit_weights.
+        mask (L, B): which samples run a layer. used (L,): the layers that any sample runs, of any
+        process: all gather a sharded layer, or none does. keep: 1 - p(l, t), or 1. weights: see
+        exit_weights.
         """
         model, hidden = self.llama, {}
         cos, sin = model.rotary(0, tokens.shape[1])
         h = model.embed(tokens).float()  # float32 between layers, under autocast too
 
         for l, layer in enumerate(model.model.layers):
-            samples = torch.from_numpy(kept[l]).to(h.device)
-            always = self.sharded and bool(runs[l])
-            h = run_with_dropout(layer, h, cos, sin, samples, keep[l], always)
+            if used[l]:
+                samples = torch.from_numpy(mask[l]).to(h.device)
+                h = run_with_dropout(layer, h, cos, sin, samples, keep[l])
             if l + 1 in weights:
                 hidden[l + 1] = h.flatten(0, 1)
         return self.early_exit_loss(hidden, targets.flatten(), weights)
@@ -327,7 +321,7 @@ class Trainer:
             initialise(model, args.seed)
         if size > self.config.vocab_size:
             raise ValueError(f"the tokenizer has {size} tokens, more than the model")
-        self.objective = Objective(model.to(self.device), run.world > 1)
+        self.objective = Objective(model.to(self.device))
         run.shard(self.objective, model.model.layers)
         named = self.objective.named_parameters()
         self.parameters = {name.removeprefix("llama."): p for name, p in named}
@@ -337,7 +331,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
         self.step = run.load_state(state_tensors(self.parameters, self.optimizer), self.settings())
         if self.step:
-            log(f"going on from step {self.step} of {args.steps}")
+            run.say(f"going on from step {self.step} of {args.steps}")
         run.take_back_metrics(self.step)
 
     def settings(self) -> dict:
@@ -378,13 +372,13 @@ class Trainer:
         counted = max(int((targets != IGNORED).sum()), 1)
         weights = exit_weights(t, layers, args.steps, self.recipe)
         drop = [layer_dropout(l, t, layers, args.steps, self.recipe) for l in range(layers)]
-        kept = draw_kept(args.seed, t, drop, args.batch, self.recipe.dropout_unit)
+        mask = draw_mask(args.seed, t, drop, args.batch, self.recipe.dropout_unit)
         keep = [1 - p if self.recipe.rescale else 1.0 for p in drop]
         sums = torch.zeros(len(weights), device=self.device)
         pieces = np.arange(args.batch).reshape(self.run.world, args.accumulate, -1)
         for number, own in enumerate(pieces[self.run.rank]):
-            runs = kept[:, pieces[:, number].flatten()].any(1)
-            batch = tokens[own], targets[own], kept[:, own], runs, keep, weights
+            used = mask[:, pieces[:, number].flatten()].any(1)
+            batch = tokens[own], targets[own], mask[:, own], used, keep, weights
             with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
                 total, losses = self.objective(*batch)
             (total * (self.run.world / counted)).backward()  # sharding takes the mean
@@ -414,23 +408,18 @@ class Trainer:
         layers = self.config.n_layers
         batch = self.args.batch // self.run.world // self.args.accumulate
         tokens = torch.zeros(batch, self.args.seq, dtype=torch.long, device=self.device)
-        kept, weights = np.ones((layers, batch), bool), {1: 0.5, layers: 0.5}
+        mask, weights = np.ones((layers, batch), bool), {1: 0.5, layers: 0.5}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-            loss, _ = self.objective(tokens, tokens, kept, kept.any(1), [1.0] * layers, weights)
+            loss, _ = self.objective(tokens, tokens, mask, mask.any(1), [1.0] * layers, weights)
         loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def train(self) -> None:
         """The loop, with progress and saves. Ctrl-C ends it after the step, saved."""
-        args, stop = self.args, list[int]()
-
-        def ask_to_stop(*_: object) -> None:
-            stop.append(1)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-        signal.signal(signal.SIGINT, ask_to_stop)
+        args, run = self.args, self.run
+        run.watch_ctrl_c()
         count = sum(p.numel() for p in self.parameters.values())
-        log(f"{count / 1e6:.1f}M parameters, {len(self.tokens) / 1e6:.2f}M training tokens")
+        run.say(f"{count / 1e6:.1f}M parameters, {len(self.tokens) / 1e6:.2f}M training tokens")
         if args.compile and self.step < args.steps:
             self.compile()
         if args.init and not self.step:
@@ -441,26 +430,15 @@ class Trainer:
             per_step = (time.time() - started) / (self.step - begun)
             rate = args.batch * args.seq / per_step
             row = {"step": self.step, "losses": losses, "norm": norm, "tokens_per_second": rate}
-            self.run.add_metrics(row)
-            if sys.stderr.isatty() or self.step % 50 == 0 or self.step == args.steps:
-                bar = f"{'#' * (20 * self.step // args.steps):20} {self.step}/{args.steps}"
-                left = f"{(args.steps - self.step) * per_step / 60:.0f} minutes left"
-                text = " ".join(f"{exit}:{loss:.2f}" for exit, loss in losses.items())
-                end = "" if sys.stderr.isatty() else "\n"
-                log(f"\r{bar}  {rate:,.0f} tokens/s, {left}  loss {text}", end)
-            stopped = self.run.agree(len(stop)) > 0
+            run.add_metrics(row)
+            run.progress(row, args.steps, (args.steps - self.step) * per_step)
+            stopped = run.stopped()
             if self.step % args.save_every == 0 or self.step == args.steps or stopped:
                 self.save()
         if stopped:
-            log(f"\nstopped at step {self.step}; the same command goes on from there")
+            run.say(f"\nstopped at step {self.step}; the same command goes on from there")
             raise SystemExit(130)
-        log(f"\n{self.run.out} holds the checkpoint: python decode.py --ckpt {self.run.out}")
-
-
-def log(text: str, end: str = "\n") -> None:
-    """Text to stderr, from the first process alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(text, end=end, file=sys.stderr, flush=True)
+        run.say(f"\n{run.out} holds the checkpoint: python decode.py --ckpt {run.out}")
 
 
 # --------------------------------------

@@ -1,11 +1,12 @@
 """What is decoded: held-out code, or of a chat model edits or answers. --task chooses."""
 
 import ast
+import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from itertools import cycle
 
-from data import held_out_prompts, read_files, stdlib_files
+from data import read_files, stdlib_files
 from extras.chat import Chat
 from tokenizer import Tokenizer
 
@@ -33,6 +34,24 @@ QUESTIONS = (
     "Name five uses of a paper clip.",
     "How does a bicycle stay upright?",
 )
+
+
+def held_out_prompts(count: int, tokenizer: Tokenizer, length: int) -> list[list[int]]:
+    """`count` prompts of `length` tokens from held-out files, each up to a function's first line.
+
+    They take turns: one from every file before a second from any.
+    """
+    places = []
+    for text in (d.text for d in read_files(stdlib_files()) if d.held_out):
+        heads = [m.end() for m in re.finditer(r"\n *def [^\n]*:\n", text) if m.end() > 8 * length]
+        picked = heads[len(heads) // 8 :: max(1, len(heads) // 4)][:4]
+        places += [(turn, text[:place]) for turn, place in enumerate(picked)]
+    places.sort(key=lambda p: p[0])
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    return [
+        start + tokenizer.encode(text[-8 * length :], bos=False)[len(start) - length :]
+        for _, text in places[:count]
+    ]
 
 
 def functions() -> Iterator[str]:

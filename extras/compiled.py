@@ -200,17 +200,17 @@ def compile_model(model: Llama, exit_layer: int = 0) -> Llama:
     c = model.config
     check_request(c, [0], exit_layer, 1, 1)
     graphs = Graphs(model, sorted({0, exit_layer, c.n_layers}))
-    model.run_layers = graphs.run_layers  # type: ignore[method-assign]
-    model.unembed = graphs.unembed  # type: ignore[method-assign]
     x = torch.arange(MAX_ROWS * c.dim).sin().view(MAX_ROWS, -1).to(model.dtype)
     cache = new_cache(c, MAX_ROWS, 1, model.dtype, model.device)
 
     def logits(first: int, rows: int) -> Tensor:
-        h = model.run_layers(x[first : first + rows], 0, c.n_layers, cache, first)
-        return model.unembed(h)
+        h = graphs.run_layers(x[first : first + rows], 0, c.n_layers, cache, first)
+        return graphs.unembed(h)
 
     whole = logits(0, MAX_ROWS)
     for rows, first in product((1, 2, 5, 15), (0, 1, 11)):
         if not torch.equal(logits(first, rows), whole[first : first + rows]):
             raise ValueError("compiled rows do not keep apart on this machine: no --compile")
+    model.run_layers = graphs.run_layers  # type: ignore[method-assign]
+    model.unembed = graphs.unembed  # type: ignore[method-assign]
     return model

@@ -25,7 +25,8 @@ import torch
 import transformers
 from load_1b import LOAD, READ, figures
 
-from data import held_out_prompts, read_files, stdlib_files
+from bench.tasks import held_out_prompts
+from data import read_files, stdlib_files
 from decode import Sampling, generate
 from exact import pack
 from extras.chat import Chat

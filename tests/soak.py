@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
+from bench.tasks import held_out_prompts
 from command import DEFAULT_CKPT, DTYPES, command_errors, load
-from data import held_out_prompts
 from decode import Sampling, generate
 from exact import MAX_ROWS, pack
 from model import Llama

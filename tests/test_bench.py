@@ -14,6 +14,7 @@ from helpers import tiny_config, tiny_model
 from bench import __main__ as bench
 from bench import common, decoding, engine, peers, tasks
 from command import Run
+from data import Document
 from decode import Round, new_cache
 from model import Llama, rotate, save_checkpoint
 from tokenizer import Tokenizer
@@ -277,3 +278,17 @@ def test_a_gguf_turns_neighbours_where_this_code_turns_halves():
     expected = torch.view_as_real(torch.view_as_complex(pairs) * turn)
     mine = peers.pairs_together(turned.view(-1, 1), dim).view(1, heads, dim // 2, 2)
     torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("bos", [1, None])
+def test_held_out_prompts_are_ids_of_one_length_whether_there_is_a_bos_or_not(
+    shipped, monkeypatch, bos
+):
+    tokenizer = Tokenizer(shipped)
+    monkeypatch.setattr(tokenizer, "bos", bos)
+    text = "\n" * 300 + "\n    def f(x):\n        return x\n"
+    document = Document("a.py", text, kept_back=True)
+    monkeypatch.setattr(tasks, "read_files", lambda files: [document])
+    (prompt,) = tasks.held_out_prompts(1, tokenizer, 8)
+    assert len(prompt) == 8 and all(type(token) is int for token in prompt)
+    assert (prompt[0] == 1) == (bos is not None)

@@ -77,6 +77,24 @@ def test_another_exit_than_the_compiled_one_is_refused(model):
         next(generate(model, [1, 2], exit_layer=2))
 
 
+def test_rows_that_do_not_keep_apart_are_refused_and_the_model_stays_plain(monkeypatch):
+    class Mixing:
+        def __init__(self, model, cuts):
+            pass
+
+        def run_layers(self, h, *where):
+            return h + len(h)
+
+        def unembed(self, h):
+            return h
+
+    monkeypatch.setattr(compiled, "Graphs", Mixing)
+    model = tiny_model(tiny_config())
+    with pytest.raises(ValueError, match="keep apart"):
+        compiled.compile_model(model, 1)
+    assert not {"run_layers", "unembed"} & vars(model).keys()
+
+
 @pytest.mark.parametrize("dtype, exit_layer", [(torch.float64, 1), (torch.float32, 3)])
 def test_what_cannot_be_compiled_is_refused(dtype, exit_layer):
     with pytest.raises(ValueError, match=r"float32|exit layer"):

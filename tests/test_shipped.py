@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 
-from data import held_out_prompts
+from bench.tasks import held_out_prompts
 from decode import Sampling, generate
 from exact import pack
 from model import load_checkpoint

@@ -290,17 +290,3 @@ def test_visible_text_has_no_control_characters_but_newline_and_tab_and_loses_no
 def test_escape_sequences_become_visible():
     text = "\x1b[2J\x07\x7f\x9b1m\r\nok\tö漢\u2028"
     assert visible(text) == "\\x1b[2J\\x07\\x7f\\x9b1m\\x0d\nok\tö漢\u2028"
-
-
-@pytest.mark.parametrize("bos", [1, None])
-def test_held_out_prompts_are_ids_of_one_length_whether_there_is_a_bos_or_not(
-    tmp_path, monkeypatch, bos
-):
-    tokenizer = ours(tmp_path)
-    monkeypatch.setattr(tokenizer, "bos", bos)
-    text = "\n" * 300 + "\n    def f(x):\n        return x\n"
-    document = data.Document("a.py", text, kept_back=True)
-    monkeypatch.setattr(data, "read_files", lambda files: [document])
-    (prompt,) = data.held_out_prompts(1, tokenizer, 8)
-    assert len(prompt) == 8 and all(type(token) is int for token in prompt)
-    assert (prompt[0] == 1) == (bos is not None)

@@ -160,9 +160,8 @@ def test_a_skipped_sample_passes_unchanged_and_the_others_as_without_dropout():
     assert torch.equal(out[[1, 3]], h[[1, 3]]) and torch.allclose(
         out[[0, 2]], everyone[[0, 2]], atol=1e-6
     )
-    assert torch.equal(
-        train.run_with_dropout(layer, h, cos, sin, torch.zeros(4, dtype=torch.bool)), h
-    )
+    nobody = torch.zeros(4, dtype=torch.bool)  # as in one of several processes
+    assert torch.equal(train.run_with_dropout(layer, h, cos, sin, nobody), h)
     halves = train.run_with_dropout(layer, h, cos, sin, torch.ones(4, dtype=torch.bool), keep=0.5)
     assert torch.allclose(halves, h + 2 * (everyone - h), atol=1e-5), (
         "PLD divides the branch by its keep probability"
@@ -176,24 +175,30 @@ def test_skipped_samples_do_not_pay_for_the_layer():
         seen.append(len(h))
         return h
 
-    for kept in ([True] * 4, [True, False, False, True], [False] * 4):
-        train.run_with_dropout(layer, torch.zeros(4, 2, 3), None, None, torch.tensor(kept))
-    assert seen == [4, 2]
-    train.run_with_dropout(
-        layer, torch.zeros(4, 2, 3), None, None, torch.zeros(4, dtype=torch.bool), always=True
-    )
-    assert seen == [4, 2, 0], "one of several processes takes part with no samples"
+    for mask in ([True] * 4, [True, False, False, True], [False] * 4):
+        train.run_with_dropout(layer, torch.zeros(4, 2, 3), None, None, torch.tensor(mask))
+    assert seen == [4, 2, 0]
+
+
+def test_a_layer_that_all_samples_skip_does_not_run():
+    model, seen = tiny_model(tiny_config()), []
+    x, mask = torch.randint(61, (3, 7)), np.ones((4, 3), bool)
+    mask[2] = False
+    for l, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, l=l: seen.append(l))
+    train.Objective(model)(x, x, mask, mask.any(1), [1.0] * 4, {4: 1.0})
+    assert seen == [0, 1, 3]
 
 
 def test_the_share_of_kept_samples_is_the_schedules():
     """8 samples, 5 layers, 400 steps: the mean per layer lies within four standard errors."""
     drop = [0.0, 0.1, 0.3, 0.6, 0.9]
-    kept = np.stack([train.draw_kept(0, t, drop, 8, "sample") for t in range(400)])
+    kept = np.stack([train.draw_mask(0, t, drop, 8, "sample") for t in range(400)])
     for l, p in enumerate(drop):
         assert abs(kept[:, l].sum() - 3200 * (1 - p)) <= 4 * (math.sqrt(p * (1 - p) * 3200) or 1e-9)
-    together = np.stack([train.draw_kept(0, t, drop, 8, "batch") for t in range(400)])
+    together = np.stack([train.draw_mask(0, t, drop, 8, "batch") for t in range(400)])
     assert (together == together[:, :, :1]).all() and abs(together[:, 3, 0].mean() - 0.4) < 0.1
-    assert (kept != together).any() and (train.draw_kept(1, 0, drop, 8, "sample") != kept[0]).any()
+    assert (kept != together).any() and (train.draw_mask(1, 0, drop, 8, "sample") != kept[0]).any()
 
 
 # -------------------------------------- loss
