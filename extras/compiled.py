@@ -5,7 +5,7 @@ whoever drafts. A graph takes up to ROWS rows; a longer pass is cut. Weights are
 (freezing), and products are by Inductor's own C++ template, which sums a row in the same order
 whatever the number of rows. Cache and positions are inputs: a graph has no state.
 
-Graphs are compiled ahead of time (torch.export, AOTInductor), and kept on disk.
+Graphs are compiled ahead of time (torch.export, AOTInductor) and kept on disk.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from copy import copy
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from decode import check_request, new_cache
 from exact import MAX_ROWS, PackedAttention, PackedMLP
 from model import Layer, Llama
 
-ROWS = {torch.bfloat16: 4, torch.float32: 8}  # of one pass; two of these are faster than more
+ROWS = {torch.bfloat16: 4, torch.float32: 8}  # of a pass; two of these are faster than more
 OPTIONS = {
     "freezing": True,
     "max_autotune": True,
@@ -51,14 +52,14 @@ def joined_layer(layer: Layer) -> Layer:
     layer = copy(layer)
     layer._modules = dict(layer._modules)
     layer.self_attn = PackedAttention(layer.self_attn, joined)
-    layer.mlp = PackedMLP(layer.mlp, joined, F.silu)  # which keeps rows apart when it is compiled
+    layer.mlp = PackedMLP(layer.mlp, joined, F.silu)  # compiled, it keeps rows apart
     return layer
 
 
 class Layers(nn.Module):
     """Layers on rows h (T, dim) at positions (T,), over keys and values (Hkv, max_len, hd).
 
-    cos and sin (T, 1, hd). view (S,): zeros, as many as positions that the rows see.
+    cos and sin (T, 1, hd). view (S,): a zero for each position that is looked at.
     """
 
     def __init__(self, layers: Any):
@@ -99,7 +100,7 @@ class Layers(nn.Module):
 
 
 def make_graph(file: Path, module: nn.Module, inputs: tuple, dynamic: tuple) -> Callable:
-    """The module compiled for such inputs, of which `dynamic` sizes may differ; kept in `file`."""
+    """The module compiled for such inputs, whose `dynamic` sizes may differ; kept in `file`."""
     if not file.exists():
         print(f"compiling {file.stem}, once", file=sys.stderr, flush=True)
         with torch.no_grad(), warnings.catch_warnings():
@@ -114,65 +115,67 @@ def make_graph(file: Path, module: nn.Module, inputs: tuple, dynamic: tuple) -> 
 
 
 class Graphs:
-    """The decoding passes of a model as graphs between `cuts`, from 0 to L."""
+    """A model's decoding passes as graphs between `cuts`, from 0 to L."""
 
     def __init__(self, model: Llama, cuts: list[int]):
         self.model, self.cuts, self.plain = model, cuts, (model.run_layers, model.unembed)
         c, self.most = model.config, ROWS[model.dtype]
-        # As in exact.RowAttention: no lone row of one key/value head.
+        # As in exact.RowAttention: a lone row of one key/value head runs twice.
         self.least = 2 if c.n_kv_heads == 1 else 1
         rows, length = {0: Dim("rows", min=self.least, max=self.most)}, {1: Dim("max_len")}
         folder = Path(cache_dir()) / "layerskip" / fingerprint(model)
         folder.mkdir(parents=True, exist_ok=True)
         cache = new_cache(c, 128, 1, model.dtype, model.device)
         h = torch.zeros(2, c.dim, dtype=model.dtype)
+        self.known = WeakKeyDictionary[KVQCache, tuple]()
+        places, zeros, keys, values = self.inputs(cache)
         self.layers: dict[int, Callable] = {}  # by the first layer
         for first, last in pairwise(cuts):
-            store = list(cache.keys[first:last]), list(cache.values[first:last])
-            inputs = (h, *self.places(cache, 0, 2, 64), *store)
-            dynamic = (rows, rows, rows, rows, {0: Dim("view")}, *[[length] * (last - first)] * 2)
+            store = keys[first:last], values[first:last]
+            inputs = (h, *(x[:2] for x in places[1]), zeros[:64], *store)
+            dynamic = (*[rows] * 4, {0: Dim("view")}, *[[length] * (last - first)] * 2)
             module, name = Layers(model.model.layers[first:last]), f"layers {first} to {last}"
             self.layers[first] = make_graph(folder / f"{name}.pt2", module, inputs, dynamic)
-        unembed = nn.Sequential(model.model.norm, model.lm_head)
-        self.head = make_graph(folder / "the head.pt2", unembed, (h,), (rows,))
+        head = nn.Sequential(model.model.norm, model.lm_head)
+        self.head = make_graph(folder / "the head.pt2", head, (h,), (rows,))
 
-    def places(self, cache: KVQCache, start: int, rows: int, view: int) -> tuple[Tensor, ...]:
-        """cos, sin, positions and view of rows from `start` on that see `view` positions."""
-        positions = torch.arange(start, start + rows)
-        return *self.model.rotary(start, rows), positions, cache.keys.new_zeros(view)
+    def inputs(self, cache: KVQCache) -> tuple:
+        """A cache's cos, sin and positions, once and twice each; zeros; keys; values."""
+        if cache not in self.known:
+            size = cache.max_len
+            places = *self.model.rotary(0, size), torch.arange(size)
+            both = {n: [x.repeat_interleave(n, 0) for x in places] for n in (1, 2)}
+            store = list(cache.keys), list(cache.values)
+            self.known[cache] = both, cache.keys.new_zeros(size), *store
+        return self.known[cache]
 
     def run_layers(
         self, h: Tensor, first: int, last: int, cache: KVQCache | None = None, start: int = 0
     ) -> Tensor:
-        """Llama.run_layers. Raises ValueError where a decoding pass begins or ends in a graph."""
+        """Llama.run_layers. Raises ValueError where a pass begins or ends within a graph."""
         if cache is None or len(h) > MAX_ROWS:
             return self.plain[0](h, first, last, cache, start)
-        within = [cut for cut in self.cuts if first <= cut <= last]
-        if within[:1] != [first] or within[-1:] != [last]:
-            raise ValueError(f"no graph begins and ends at {first} and {last}: only {self.cuts} do")
-        out = []
-        while len(h):  # in parts that see one length of view
+        if not {first, last} <= {*self.cuts}:
+            raise ValueError(f"no graph begins and ends at {first} and {last}, only at {self.cuts}")
+        (places, zeros, keys, values), out = self.inputs(cache), []
+        while len(h):  # parts that see one length of view
             view = cache.view_len(start + 1)
             rows = min(self.most, len(h), view - start)
-            part, (cos, sin, positions, zeros) = h[:rows], self.places(cache, start, rows, view)
-            part, cos, sin, positions = map(self.least_rows, (part, cos, sin, positions))
-            for a, b in pairwise(within):
-                store = *cache.keys[a:b], *cache.values[a:b]
-                (part,) = self.layers[a]([part, cos, sin, positions, zeros, *store])
+            n = 1 + (rows < self.least)
+            part, where = h[:rows].repeat(n, 1), slice(n * start, n * (start + rows))
+            inputs = [*(x[where] for x in places[n]), zeros[:view]]
+            for a, b in pairwise(c for c in self.cuts if first <= c <= last):
+                (part,) = self.layers[a]([part, *inputs, *keys[a:b], *values[a:b]])
             out.append(part[:rows])
             h, start = h[rows:], start + rows
         return torch.cat(out) if len(out) > 1 else out[0]
-
-    def least_rows(self, x: Tensor) -> Tensor:
-        """x (T, ...), or a lone row twice where graphs take no lone one."""
-        return x if len(x) >= self.least else torch.cat([x, x])
 
     def unembed(self, h: Tensor) -> Tensor:
         """Llama.unembed."""
         if h.dim() > 2 or len(h) > MAX_ROWS:
             return self.plain[1](h)
-        out = [self.head([self.least_rows(x)])[0][: len(x)] for x in h.split(self.most)]
-        return torch.cat(out) if len(out) > 1 else out[0]
+        parts = (x if len(x) >= self.least else x.repeat(2, 1) for x in h.split(self.most))
+        return torch.cat([self.head([x])[0] for x in parts])[: len(h)]
 
 
 def fingerprint(model: Llama) -> str:
@@ -190,8 +193,7 @@ def fingerprint(model: Llama) -> str:
 def compile_model(model: Llama, exit_layer: int = 0) -> Llama:
     """Compiles, in place, a plain model's passes for drafts of exit_layer layers, 0 for none.
 
-    Raises ValueError where there is no compiler or no such exit, and where a try shows that rows do
-    not keep apart in what the compiler made.
+    Raises ValueError where there is no compiler or no such exit, or where rows do not keep apart.
     """
     if model.dtype not in ROWS or model.device.type != "cpu":
         raise ValueError("--compile is for float32 and bfloat16 on a CPU: leave it out")
