@@ -31,7 +31,7 @@ from decode import check_request, new_cache
 from exact import MAX_ROWS, PackedAttention, PackedMLP
 from model import Layer, Llama
 
-ROWS = {torch.bfloat16: 4, torch.float32: 8}  # of a pass; two of these are faster than more
+ROWS = {torch.bfloat16: 4, torch.float32: 8}  # of a pass; two passes are faster than more
 OPTIONS = {
     "freezing": True,
     "max_autotune": True,
