@@ -337,7 +337,8 @@ class Trainer:
     def settings(self) -> dict:
         """What the weights depend on; a run that goes on must agree with it."""
         given = {k: v if v is None else str(v) for k, v in vars(self.args).items()}
-        return {k: v for k, v in given.items() if k not in FREE} | {"recipe": asdict(self.recipe)}
+        whole = {"recipe": asdict(self.recipe), "config": str(self.config)}  # not a file's name
+        return {k: v for k, v in given.items() if k not in FREE} | whole
 
     def save(self) -> None:
         """Writes the checkpoint in bfloat16, with what it is worth, then the state.
