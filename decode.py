@@ -384,7 +384,7 @@ def decode(args: argparse.Namespace) -> None:
 
         model = compile_model(model, settings["exit_layer"])
         if args.draft_len is None and args.exit != "auto":
-            settings["draft_len"] = ROWS[model.dtype] - 1  # fills one pass
+            settings["draft_len"] = ROWS - 1  # fills one pass
     elif not args.no_exact:
         pack(model)
 

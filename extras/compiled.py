@@ -29,9 +29,10 @@ from torch.export import Dim
 from cache import KVQCache
 from decode import check_request, new_cache
 from exact import MAX_ROWS, PackedAttention, PackedMLP
+from extras.products import faster_products
 from model import Layer, Llama
 
-ROWS = {torch.bfloat16: 4, torch.float32: 8}  # of a pass; two passes are faster than more
+ROWS = 8  # of a pass
 OPTIONS = {
     "freezing": True,
     "max_autotune": True,
@@ -78,18 +79,21 @@ class Layers(nn.Module):
     ) -> Tensor:
         size = view.shape[0]
         later = torch.arange(size) > positions[:, None]
+        alone = int(len(keys[0]) == 1)  # as in exact.RowAttention, one key/value head
         mask = view.masked_fill(later, float("-inf"))[:, None, None]  # (T, 1, 1, S)
+        mask = F.pad(mask, (0, 0) * 3 + (0, alone))
         for layer, all_k, all_v in zip(self.layers, keys, values):
 
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 all_k.index_copy_(1, positions, k.transpose(0, 1))
                 all_v.index_copy_(1, positions, v.transpose(0, 1))
                 (rows, heads, _), groups = q.shape, k.shape[1]
-                # As in exact.RowAttention: rows are a batch, and heads come in eights.
-                q = F.pad(q.unflatten(1, (groups, -1)), (0, 0, 0, -(heads // groups) % 8))
-                k, v = (x[:, :size].expand(rows, -1, -1, -1) for x in (all_k, all_v))
+                # As there too: rows are a batch, and heads come in eights.
+                more = 0, 0, 0, -(heads // groups) % 8, 0, 0, 0, alone
+                q = F.pad(q.unflatten(1, (groups, -1)), more)
+                k, v = (x[:, :size].expand(q.shape[0], -1, -1, -1) for x in (all_k, all_v))
                 mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-                return mixed[:, :, : heads // groups].flatten(1, 2)
+                return mixed[:rows, :, : heads // groups].flatten(1, 2)
 
             h = layer(h, cos, sin, attend)
         return h
@@ -107,9 +111,10 @@ def make_graph(file: Path, module: nn.Module, inputs: tuple, dynamic: tuple) -> 
             warnings.simplefilter("ignore")
             program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
             aside = str(file.with_name(f"{os.getpid()}.pt2"))
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=aside, inductor_configs=dict(OPTIONS)
-            )
+            with faster_products():
+                torch._inductor.aoti_compile_and_package(
+                    program, package_path=aside, inductor_configs=dict(OPTIONS)
+                )
         os.replace(aside, file)
     return torch._inductor.aoti_load_package(str(file)).loader.run
 
@@ -119,10 +124,7 @@ class Graphs:
 
     def __init__(self, model: Llama, cuts: list[int]):
         self.model, self.cuts, self.plain = model, cuts, (model.run_layers, model.unembed)
-        c, self.most = model.config, ROWS[model.dtype]
-        # As in exact.RowAttention: a lone row of one key/value head runs twice.
-        self.least = 2 if c.n_kv_heads == 1 else 1
-        rows, length = {0: Dim("rows", min=self.least, max=self.most)}, {1: Dim("max_len")}
+        c, rows, length = model.config, {0: Dim("rows", min=1, max=ROWS)}, {1: Dim("max_len")}
         folder = Path(cache_dir()) / "layerskip" / fingerprint(model)
         folder.mkdir(parents=True, exist_ok=True)
         cache = new_cache(c, 128, 1, model.dtype, model.device)
@@ -132,7 +134,7 @@ class Graphs:
         self.layers: dict[int, Callable] = {}  # by the first layer
         for first, last in pairwise(cuts):
             store = keys[first:last], values[first:last]
-            inputs = (h, *(x[:2] for x in places[1]), zeros[:64], *store)
+            inputs = (h, *(x[:2] for x in places), zeros[:64], *store)
             dynamic = (*[rows] * 4, {0: Dim("view")}, *[[length] * (last - first)] * 2)
             module, name = Layers(model.model.layers[first:last]), f"layers {first} to {last}"
             self.layers[first] = make_graph(folder / f"{name}.pt2", module, inputs, dynamic)
@@ -140,13 +142,12 @@ class Graphs:
         self.head = make_graph(folder / "the head.pt2", head, (h,), (rows,))
 
     def inputs(self, cache: KVQCache) -> tuple:
-        """A cache's cos, sin and positions, once and twice each; zeros; keys; values."""
+        """What graphs take of a cache: (cos, sin, positions), zeros, keys, values."""
         if cache not in self.known:
             size = cache.max_len
             places = *self.model.rotary(0, size), torch.arange(size)
-            both = {n: [x.repeat_interleave(n, 0) for x in places] for n in (1, 2)}
             store = list(cache.keys), list(cache.values)
-            self.known[cache] = both, cache.keys.new_zeros(size), *store
+            self.known[cache] = places, cache.keys.new_zeros(size), *store
         return self.known[cache]
 
     def run_layers(
@@ -160,13 +161,11 @@ class Graphs:
         (places, zeros, keys, values), out = self.inputs(cache), []
         while len(h):  # parts that see one length of view
             view = cache.view_len(start + 1)
-            rows = min(self.most, len(h), view - start)
-            n = 1 + (rows < self.least)
-            part, where = h[:rows].repeat(n, 1), slice(n * start, n * (start + rows))
-            inputs = [*(x[where] for x in places[n]), zeros[:view]]
+            rows = min(ROWS, len(h), view - start)
+            part, inputs = h[:rows], [*(x[start : start + rows] for x in places), zeros[:view]]
             for a, b in pairwise(c for c in self.cuts if first <= c <= last):
                 (part,) = self.layers[a]([part, *inputs, *keys[a:b], *values[a:b]])
-            out.append(part[:rows])
+            out.append(part)
             h, start = h[rows:], start + rows
         return torch.cat(out) if len(out) > 1 else out[0]
 
@@ -174,15 +173,14 @@ class Graphs:
         """Llama.unembed."""
         if h.dim() > 2 or len(h) > MAX_ROWS:
             return self.plain[1](h)
-        parts = (x if len(x) >= self.least else x.repeat(2, 1) for x in h.split(self.most))
-        return torch.cat([self.head([x])[0] for x in parts])[: len(h)]
+        return torch.cat([self.head([x])[0] for x in h.split(ROWS)])
 
 
 def fingerprint(model: Llama) -> str:
     """A name for what graphs depend on: weights, code, PyTorch and the processor."""
     about = torch.__version__, torch.get_num_threads(), torch.cpu.get_capabilities(), OPTIONS
     digest = hashlib.sha256(repr((model.config, *about)).encode())
-    for code in ("extras/compiled.py", "exact.py", "model.py"):
+    for code in ("extras/compiled.py", "extras/products.py", "exact.py", "model.py"):
         digest.update((Path(__file__).parents[1] / code).read_bytes())
     for p in model.parameters():
         digest.update(p.detach().view(torch.uint8).numpy().data)
@@ -195,7 +193,7 @@ def compile_model(model: Llama, exit_layer: int = 0) -> Llama:
 
     Raises ValueError where there is no compiler or no such exit, or where rows do not keep apart.
     """
-    if model.dtype not in ROWS or model.device.type != "cpu":
+    if model.dtype not in (torch.bfloat16, torch.float32) or model.device.type != "cpu":
         raise ValueError("--compile is for float32 and bfloat16 on a CPU: leave it out")
     if not (os.environ.get("CXX") or shutil.which("c++")):
         raise ValueError("--compile needs a C++ compiler, and there is none called c++")
