@@ -2,8 +2,8 @@
 
 Layers below the exit are one graph and those above it another, so a token meets the same code
 whoever drafts. A graph takes up to ROWS rows; a longer pass is cut. Weights are constants of it
-(freezing), and products are by Inductor's own C++ template, which sums a row in the same order
-whatever the number of rows. Cache and positions are inputs: a graph has no state.
+(freezing), and products are by Inductor's C++ template (see products.py), which sums a row in the
+same order whatever the number of rows. Cache and positions are inputs: a graph has no state.
 
 Graphs are compiled ahead of time (torch.export, AOTInductor) and kept on disk.
 """
@@ -28,7 +28,7 @@ from torch.export import Dim
 
 from cache import KVQCache
 from decode import check_request, new_cache
-from exact import MAX_ROWS, PackedAttention, PackedMLP
+from exact import MAX_ROWS, PackedAttention, PackedMLP, auto_dtype
 from extras.products import faster_products
 from model import Layer, Llama
 
@@ -79,19 +79,19 @@ class Layers(nn.Module):
     ) -> Tensor:
         size = view.shape[0]
         later = torch.arange(size) > positions[:, None]
-        alone = int(len(keys[0]) == 1)  # as in exact.RowAttention, one key/value head
-        mask = view.masked_fill(later, float("-inf"))[:, None, None]  # (T, 1, 1, S)
-        mask = F.pad(mask, (0, 0) * 3 + (0, alone))
+        mask = view.masked_fill(later, float("-inf"))
+        alone = int(len(keys[0]) == 1)  # one more row: see exact.RowAttention
+        mask = F.pad(mask, (0, 0, 0, alone))[:, None, None]  # (T + alone, 1, 1, S)
         for layer, all_k, all_v in zip(self.layers, keys, values):
 
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 all_k.index_copy_(1, positions, k.transpose(0, 1))
                 all_v.index_copy_(1, positions, v.transpose(0, 1))
                 (rows, heads, _), groups = q.shape, k.shape[1]
-                # As there too: rows are a batch, and heads come in eights.
+                # As there, rows are a batch, and heads come in eights.
                 more = 0, 0, 0, -(heads // groups) % 8, 0, 0, 0, alone
                 q = F.pad(q.unflatten(1, (groups, -1)), more)
-                k, v = (x[:, :size].expand(q.shape[0], -1, -1, -1) for x in (all_k, all_v))
+                k, v = (x[:, :size].expand(rows + alone, -1, -1, -1) for x in (all_k, all_v))
                 mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
                 return mixed[:rows, :, : heads // groups].flatten(1, 2)
 
@@ -124,6 +124,9 @@ class Graphs:
 
     def __init__(self, model: Llama, cuts: list[int]):
         self.model, self.cuts, self.plain = model, cuts, (model.run_layers, model.unembed)
+        # Where no instruction multiplies bfloat16, graphs read a prompt faster than PyTorch.
+        slow = model.dtype == torch.bfloat16 != auto_dtype(model.device)
+        self.longest = model.config.max_len if slow else MAX_ROWS
         c, rows, length = model.config, {0: Dim("rows", min=1, max=ROWS)}, {1: Dim("max_len")}
         folder = Path(cache_dir()) / "layerskip" / fingerprint(model)
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +134,7 @@ class Graphs:
         h = torch.zeros(2, c.dim, dtype=model.dtype)
         self.known = WeakKeyDictionary[KVQCache, tuple]()
         places, zeros, keys, values = self.inputs(cache)
-        self.layers: dict[int, Callable] = {}  # by the first layer
+        self.layers = dict[int, Callable]()  # by the first layer
         for first, last in pairwise(cuts):
             store = keys[first:last], values[first:last]
             inputs = (h, *(x[:2] for x in places), zeros[:64], *store)
@@ -154,7 +157,7 @@ class Graphs:
         self, h: Tensor, first: int, last: int, cache: KVQCache | None = None, start: int = 0
     ) -> Tensor:
         """Llama.run_layers. Raises ValueError where a pass begins or ends within a graph."""
-        if cache is None or len(h) > MAX_ROWS:
+        if cache is None or len(h) > self.longest:
             return self.plain[0](h, first, last, cache, start)
         if not {first, last} <= {*self.cuts}:
             raise ValueError(f"no graph begins and ends at {first} and {last}, only at {self.cuts}")
@@ -167,7 +170,7 @@ class Graphs:
                 (part,) = self.layers[a]([part, *inputs, *keys[a:b], *values[a:b]])
             out.append(part)
             h, start = h[rows:], start + rows
-        return torch.cat(out) if len(out) > 1 else out[0]
+        return torch.cat(out)
 
     def unembed(self, h: Tensor) -> Tensor:
         """Llama.unembed."""

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from decode import Sampling, generate
 from exact import pack
-from extras import compiled
+from extras import compiled, products
 from extras.drafters import Jacobi, LookupExit, PromptLookup
 
 CONFIG = dict(n_layers=3, n_heads=2, n_kv_heads=1, dim=32, hidden_dim=48, head_dim=16, max_len=150)
@@ -113,3 +114,15 @@ def test_graphs_are_compiled_once_for_the_same_weights(model, monkeypatch, capsy
     other = tiny_model(model.config, damp_from=1, dtype=model.dtype)
     other.model.layers[2].mlp.up_proj.weight.data[5, 5] += 1
     assert compiled.fingerprint(other) not in names
+
+
+def test_this_pytorchs_products_have_what_is_changed_and_keep_it_elsewhere():
+    with products.faster_products():
+        gemm = import_module("torch._inductor.codegen.cpp_micro_gemm")
+        kernel, configs = gemm.CppMicroGemmFP32Vec, gemm.micro_gemm_configs
+        changed = kernel.TEMPLATE_KERNEL
+        assert {c.register_blocking.block_m for c in configs[kernel]} == {4}
+    assert 8 in {c.register_blocking.block_m for c in configs[kernel]}
+    for old, new in products.CHANGES.items():
+        assert old in kernel.TEMPLATE_KERNEL and new not in kernel.TEMPLATE_KERNEL
+        assert new in changed
