@@ -17,31 +17,18 @@ or sampled, whatever the draft said.
     python decode.py --ckpt DIR --exit 8 --draft 6 --prompt "def quicksort("
 """
 
-import argparse
 import math
-import sys
-import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cache import KVQCache
-from command import (
-    DEFAULT_CKPT,
-    DEFAULT_PROMPT,
-    DTYPES,
-    Run,
-    command_errors,
-    complete,
-    default_settings,
-    load,
-)
-from exact import MAX_ROWS, pack
+from exact import MAX_ROWS, view_len
 from model import Config, Llama, prefill
 
 Pick = Callable[[Tensor, int], int]  # (logits (vocab,), position) -> token
@@ -54,7 +41,7 @@ Pick = Callable[[Tensor, int], int]  # (logits (vocab,), position) -> token
 class Sampling:
     """How a token is chosen from logits. temperature 0 is greedy; top_k 0 and top_p 1 keep all.
 
-    Raises TypeError or ValueError, one line, on what is no such number or out of its range.
+    Raises TypeError or ValueError on what is no such number or out of its range.
     """
 
     temperature: float = 0.0
@@ -138,10 +125,10 @@ def draft(
         position = cache.length + row
         h = model.embed(torch.tensor([token], device=cache.keys.device))
         h = model.run_layers(h, 0, exit_layer, cache, position)  # (1, dim)
-        cache.put_query(row, h[0])
+        cache.queries[row], cache.query_layer[row] = h[0], exit_layer
         if row == limit or (guesses and token in eos):  # a prompt may end in an EOS
             break
-        logits = model.unembed(h)[0]
+        logits = model.unembed(h)[0]  # (vocab,)
         if min_confidence > 0 and logits.float().softmax(-1).max() <= min_confidence:
             break
         token = pick(logits, position + 1)
@@ -149,17 +136,22 @@ def draft(
     return guesses
 
 
-def verify(model: Llama, cache: KVQCache, tokens: list[int], exit_layer: int) -> Tensor:
+def verify(model: Llama, cache: KVQCache, tokens: list[int], ran: int) -> Tensor:
     """The full model's logits (len(tokens), vocab) for tokens after the live positions: one pass.
 
-    Layers [exit_layer, L) run on the exit queries that the draft left. With exit_layer 0 all layers
-    run, on the embedded tokens.
+    Layers [ran, L) run on the exit queries that the draft left. With ran = 0 all layers run, on the
+    embedded tokens. Raises ValueError for what a drafter cannot have guessed or run.
     """
-    if exit_layer:
-        h = cache.queries[: len(tokens)]
+    rows, vocab = len(tokens), model.config.vocab_size
+    if rows > len(cache.queries) or not all(0 <= token < vocab for token in tokens):
+        raise ValueError(f"a drafter guessed {tokens[1:]}: too many tokens, or unknown ones")
+    if ran and cache.query_layer[:rows] != [ran] * rows:
+        raise ValueError(f"a drafter says that layers 0 to {ran - 1} ran, but left no exit queries")
+    if ran:
+        h = cache.queries[:rows]
     else:
         h = model.embed(torch.tensor(tokens, device=cache.keys.device))
-    h = model.run_layers(h, exit_layer, model.config.n_layers, cache, cache.length)
+    h = model.run_layers(h, ran, model.config.n_layers, cache, cache.length)  # (rows, dim)
     return model.unembed(h)
 
 
@@ -179,6 +171,63 @@ def accept(
     return emitted
 
 
+# --------------------------------------
+# Who drafts
+
+
+class NoDraft:
+    """No guesses: plain decoding, a token of the full model each round. The base of drafters.
+
+    A drafter is made with the verifier's model and cache, and with what ends a draft.
+    """
+
+    def __init__(
+        self, model: Llama, cache: KVQCache, min_confidence: float = 0.0, eos: Collection[int] = ()
+    ):
+        self.model, self.cache, self.stop = model, cache, (min_confidence, eos)
+
+    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
+        """At most `limit` guesses of what follows `tokens`, and the number of layers that ran.
+
+        If it is E > 0, layers [0, E) ran on tokens[-1] and every guess, and left keys, values and
+        exit queries in the cache, as `draft` does. If it is 0, verification runs every layer.
+        """
+        return [], 0
+
+    def verified(self, tokens: list[int], emitted: list[int], logits: Tensor, pick: Pick) -> None:
+        """Learns what the verifier said after `tokens`: for drafters that want to know."""
+
+
+class EarlyExit(NoDraft):
+    """LayerSkip's drafter: the model's own first exit_layer layers."""
+
+    def __init__(self, *context: Any, exit_layer: int):
+        super().__init__(*context)
+        self.exit_layer = exit_layer
+
+    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
+        e = self.exit_layer
+        return draft(self.model, self.cache, tokens[-1], limit, pick, e, *self.stop), e
+
+
+# --------------------------------------
+# The loop
+
+
+@dataclass
+class Round:
+    """What one round did. Tokens are ids."""
+
+    drafted: list[int]
+    emitted: list[int]  # the accepted tokens and, unless the text ended with them, one more
+    logits: Tensor | None  # (len(emitted), vocab): the full model's, that gave the emitted tokens
+
+    @property
+    def accepted(self) -> int:
+        """How many drafted tokens were the verifier's too, from the first on."""
+        return sum(guess == token for guess, token in zip(self.drafted, self.emitted))
+
+
 @torch.inference_mode()
 def generate(
     model: Llama,
@@ -189,83 +238,61 @@ def generate(
     max_new_tokens: int = 128,
     sampling: Sampling = Sampling(),
     min_confidence: float = 0.0,
-    drafter: Callable | None = None,
-    eos: tuple[int, ...] | None = None,
-) -> Iterator["Round"]:
+    drafter: Any = None,
+    eos: Collection[int] | None = None,
+) -> Iterator[Round]:
     """Decodes after prompt_ids, round by round. The tokens are the full model's, whoever drafts.
 
     exit_layer    E, from 1 to L-1: draft with layers [0, E). 0: no draft, the full model alone.
     draft_len     d, from 1 to MAX_ROWS - 1: the most tokens drafted in a round.
     min_confidence   see draft.
-    drafter       makes a drafter in place of layers [0, E), which says E; see extras/drafters.py:
-                  drafter(model, cache, min_confidence, eos).draft(tokens, limit, pick)
-                  -> (at most `limit` guesses, E). E > 0: layers [0, E) ran, and left in the
-                  cache what draft leaves. 0: verification runs every layer.
+    drafter       a class of drafters like NoDraft, in place of layers [0, exit_layer).
     eos           ids that end the text; None: the model's own. () never ends it.
 
     Ends after max_new_tokens, after an EOS, or when the context is full. With a model from
     exact.pack the output equals plain decoding to the last bit; without, where no two logits nearly
     tie. Raises ValueError or TypeError, at the first round, on what cannot run.
     """
-    c = model.config
-    check_request(c, prompt_ids, exit_layer, draft_len, max_new_tokens)
-    if not isinstance(min_confidence, (int, float)) or not 0 <= min_confidence < 1:
-        raise ValueError(f"the confidence must be from 0 to below 1, not {min_confidence!r:.40}")
-    tokens, eos = list(prompt_ids), c.eos if eos is None else eos
-    if not isinstance(eos, (tuple, list, set)) or not isinstance(sampling, Sampling):
-        raise TypeError("eos must be a tuple of tokens, sampling a Sampling")
-    drafts = exit_layer != 0 or drafter is not None
+    c, tokens, eos = model.config, prompt_ids, model.config.eos if eos is None else eos
+    check_request(c, tokens, exit_layer, draft_len, max_new_tokens, min_confidence, sampling, eos)
+    tokens = list(tokens)
     end = min(len(tokens) + max_new_tokens, c.max_len)
-    cache = new_cache(c, end, draft_len if drafts else 0, model.dtype, model.device)
-    pick = partial(next_token, sampling=sampling)
-    other = drafter(model, cache, min_confidence, eos) if drafter else None
+    cache, pick = new_cache(model, end, draft_len), partial(next_token, sampling=sampling)
+    make = drafter or (partial(EarlyExit, exit_layer=exit_layer) if exit_layer else NoDraft)
+    drafter = make(model, cache, min_confidence, eos)
 
     prefill(model, cache, tokens[:-1])
     while len(tokens) < end:
-        started = time.perf_counter()
-        guesses, layers_run = [], exit_layer
         limit = min(draft_len, end - len(tokens) - 1)  # a round emits one token more than it drafts
-        if other:
-            guesses, layers_run = other.draft(tokens, limit, pick)
-        elif exit_layer:
-            guesses = draft(model, cache, tokens[-1], limit, pick, exit_layer, min_confidence, eos)
-        drafted = time.perf_counter()
-        logits = verify(model, cache, tokens[-1:] + guesses, layers_run)
-        emitted = accept(guesses, logits, len(tokens), pick, eos)
-        if other and hasattr(other, "verified"):  # a drafter that learns from the rejected rows too
-            other.verified(tokens, emitted, logits, pick)
-        cache.accept(len(emitted))  # rows of tokens[-1] and the accepted guesses; the rest is dead
+        guesses, ran = drafter.draft(tokens, limit, pick)  # layers [0, ran) have run
+        logits = verify(model, cache, tokens[-1:] + guesses, ran)  # layers [ran, L), in one pass
+        emitted = accept(guesses, logits, len(tokens), pick, eos)  # the verifier's tokens
+        drafter.verified(tokens, emitted, logits, pick)
+        cache.commit(len(emitted))  # the rewind: what lies beyond is dead
         tokens += emitted
-        accepted = sum(guess == token for guess, token in zip(guesses, emitted))
-        seconds = drafted - started, time.perf_counter() - drafted
-        yield Round(guesses, accepted, emitted, logits[: len(emitted)], *seconds)
+        yield Round(guesses, emitted, logits[: len(emitted)])
         if emitted[-1] in eos:
             return
 
 
-@dataclass
-class Round:
-    """What one round did. Tokens are ids; seconds are wall-clock time."""
-
-    drafted: list[int]
-    accepted: int  # how many drafted tokens were the verifier's too, from the first on
-    emitted: list[int]  # the accepted tokens and, unless the text ended with them, one more
-    logits: Tensor | None  # (len(emitted), vocab): the full model's, that gave the emitted tokens
-    draft_seconds: float
-    verify_seconds: float
-
-
-def new_cache(
-    c: Config, length: int, draft_len: int, dtype: torch.dtype, device: torch.device
-) -> KVQCache:
-    """A KVQ cache for `length` positions of a model and drafts of draft_len tokens."""
-    return KVQCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, length, draft_len, dtype, device)
+def new_cache(model: Llama, length: int, draft_len: int) -> KVQCache:
+    """A KVQ cache of a model for `length` positions, in whole views, and drafts of draft_len."""
+    c, length = model.config, view_len(length)
+    shape = c.n_layers, c.n_kv_heads, c.head_dim, c.dim
+    return KVQCache(*shape, length, draft_len, model.dtype, model.device)
 
 
 def check_request(
-    c: Config, prompt_ids: list[int], exit_layer: int, draft_len: int, max_new_tokens: int
+    c: Config,
+    prompt_ids: list[int],
+    exit_layer: int = 0,
+    draft_len: int = 1,
+    max_new_tokens: int = 1,
+    min_confidence: float = 0.0,
+    sampling: Sampling = Sampling(),
+    eos: Collection[int] = (),
 ) -> None:
-    """Raises TypeError or ValueError, one line, on a prompt or settings that cannot run."""
+    """Raises TypeError or ValueError for a prompt or settings of generate that cannot run."""
     for what, value, low, high in (
         ("exit layer", exit_layer, 0, c.n_layers - 1),
         ("draft length", draft_len, 1, MAX_ROWS - 1),
@@ -275,144 +302,19 @@ def check_request(
             raise TypeError(f"the {what} must be a whole number, not {value!r:.40}")
         if not low <= value <= high:
             raise ValueError(f"the {what} must be from {low} to {high}, not {value}")
+    if not isinstance(min_confidence, (int, float)) or not 0 <= min_confidence < 1:
+        raise ValueError(f"the confidence must be from 0 to below 1, not {min_confidence!r:.40}")
+    if not isinstance(sampling, Sampling) or not isinstance(eos, (tuple, list, set)):
+        raise TypeError("sampling must be a Sampling, eos a tuple of tokens")
     if not isinstance(prompt_ids, (list, tuple)) or not all(type(t) is int for t in prompt_ids):
         raise TypeError("the prompt must be a list of ints; a tensor's .tolist() is one")
-    if not prompt_ids:
-        raise ValueError("the prompt is empty: give at least one token")
+    if not 0 < len(prompt_ids) < c.max_len:
+        raise ValueError(f"a prompt of {len(prompt_ids)} tokens: give 1 to {c.max_len - 1}")
     if not all(0 <= token < c.vocab_size for token in prompt_ids):
         raise ValueError(f"the prompt has a token outside the vocabulary of {c.vocab_size}")
-    if len(prompt_ids) >= c.max_len:
-        raise ValueError(f"the prompt has {len(prompt_ids)} tokens, the context only {c.max_len}")
-
-
-# --------------------------------------
-# Command line
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
-    p = argparse.ArgumentParser(
-        description="Draft text with the first layers of a Llama, verify it with the rest: "
-        "the text is the full model's own, token for token.",
-        epilog="Without arguments: the shipped checkpoint and a default prompt. Try --compare.",
-    )
-    flag: dict = dict(action="store_true")
-    p.add_argument("--ckpt", type=Path, default=DEFAULT_CKPT, metavar="DIR", help="a checkpoint")
-    add = p.add_mutually_exclusive_group().add_argument
-    add("stdin", nargs="?", choices=["-"], help="- reads the prompt from standard input")
-    add("--prompt", metavar="TEXT", default=DEFAULT_PROMPT, help="text to go on from")
-    add("--interactive", **flag, help="complete one line of input after the other")
-    p.add_argument("--chat", **flag, help="text is a message, by the checkpoint's chat template")
-    p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="%(default)s")
-    p.add_argument("--json", **flag, help="each run as one JSON object, not as text")
-
-    group = p.add_argument_group("drafting (defaults come with the checkpoint)")
-    add = group.add_argument
-    add("--exit", metavar="E", help="draft with the first E layers; auto: chosen from the prompt")
-    who = "lookup, lookup+exit, jacobi, model:DIR, kangaroo:DIR or skip:attn:3,4,mlp:7"
-    add("--drafter", default="exit", metavar="WHO", help=f"draft with {who}")
-    add("--draft", dest="draft_len", type=int, help="most tokens drafted a round")
-    text = "stop drafting at or below this probability"
-    add("--min-confidence", type=float, metavar="C", help=text)
-    add("--draft-vocab", type=int, metavar="N", help="exits guess only the first N tokens")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--full", **flag, help="no draft: the full model alone")
-    add("--no-verify", **flag, help="no verification: the early exit alone. Lossy")
-    add("--compare", **flag, help="also run the full model: the same, and faster?")
-
-    add = p.add_argument_group("sampling (reproducible from the seed, drafted or not)").add_argument
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    add("--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest; 0: all")
-    add("--top-p", type=float, default=1.0, metavar="P", help="among those that hold probability P")
-    add("--seed", type=int, default=0)
-
-    group = p.add_argument_group("engine")
-    text = "auto: bfloat16 where the hardware multiplies it, else float32"
-    group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=text)
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: cuda if any")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--no-exact", **flag, help="the plain model: near-ties may make drafted text differ")
-    add("--compile", **flag, help="compile first (needs a C++ compiler): as exact, then faster")
-    return p
-
-
-def decode(args: argparse.Namespace) -> None:
-    """The command. Raises ValueError, one line, on what cannot run."""
-    if sys.stdout is None or (sys.stdin is None and (args.stdin or args.interactive)):
-        raise ValueError("standard input or output is closed")
-    data = sys.stdin.buffer.read() if args.stdin else args.prompt.encode(errors="surrogateescape")
-    text = "" if args.interactive else data.decode()
-    model, tokenizer = load(args.ckpt, args.dtype, args.device)
-    args.dtype, args.device = str(model.dtype)[6:], str(model.device)  # for --json
-    settings = default_settings(args.ckpt, model.config, tokenizer)
-    settings["max_new_tokens"] = args.max_new_tokens
-    settings["sampling"] = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    encode: Callable[[str], list[int]] = tokenizer.encode
-    chat = None
-    if args.chat:
-        from extras.chat import Chat
-
-        chat = Chat(args.ckpt)
-        encode, settings["eos"] = chat.ask, (*settings["eos"], *chat.ends)
-    given = {k: v for k, v in vars(args).items() if k in settings and v is not None}
-    last = model.config.n_layers - 1
-    if args.exit == "auto":
-        from extras.lens import choose_exit
-
-        settings |= choose_exit(model, encode(text), settings | given)
-    elif args.exit is not None:
-        if args.exit not in map(str, range(1, last + 1)):
-            raise ValueError(f"--exit must be auto or from 1 to {last}, not {args.exit:.40}")
-        settings["exit_layer"] = int(args.exit)
-    if args.drafter != "exit" or args.draft_vocab is not None:
-        from extras.drafters import parse_drafter
-
-        if args.exit and args.drafter not in ("exit", "lookup+exit"):
-            raise ValueError(f"--drafter {args.drafter:.40} takes no --exit: leave it out")
-        settings |= parse_drafter(args.drafter, model, settings["exit_layer"], args.draft_vocab)
-    settings |= given
-    if args.no_verify:
-        from extras.early_exit import keep_layers
-
-        if args.drafter != "exit":
-            raise ValueError("--no-verify is the early exit alone: leave out --drafter")
-        model = keep_layers(model, range(settings["exit_layer"]))
-    if args.no_verify or args.full:
-        settings |= dict(exit_layer=0, drafter=None)
-    if args.compile:
-        from extras.compiled import ROWS, compile_model
-
-        model = compile_model(model, settings["exit_layer"])
-        if args.draft_len is None and args.exit != "auto":
-            settings["draft_len"] = ROWS - 1  # fills one pass
-    elif not args.no_exact:
-        pack(model)
-
-    def answer(text: str) -> Run:
-        if not text:
-            raise ValueError("the prompt is empty")
-        return complete(partial(generate, model), tokenizer, settings, text, encode(text), args)
-
-    if not args.interactive:
-        answer(text)
-        return
-    while True:
-        try:
-            print("prompt> " * sys.stdin.isatty(), end="", file=sys.stderr, flush=True)
-            if not (line := sys.stdin.buffer.readline()):
-                return
-            text = line.decode().rstrip("\r\n")
-            said = answer(text)
-            if chat:
-                chat.keep(text, tokenizer.decode(said.ids))
-        except ValueError as error:  # the next prompt may do better
-            print(f"decode.py: {error}", file=sys.stderr)
-
-
-def main() -> None:
-    with command_errors("decode.py"):
-        decode(parser().parse_args())
 
 
 if __name__ == "__main__":
+    from support.decode_command import main
+
     main()

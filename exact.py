@@ -8,8 +8,9 @@ things may break it. `pack` replaces the first three:
 
     matrix products      BLAS picks a kernel, and its order of summation, by the number of rows.
                          RowLinear finds by trial which numbers of rows agree, and pads up to them.
-    attention            A fused kernel cuts queries and keys into blocks. RowAttention makes each
-                         row a sequence of its own, over a view whose length its position decides.
+    attention            A fused kernel picks its blocks by the number of queries and of keys.
+                         RowAttention always gives it the same number of query rows, and a view of
+                         the cache whose length the position alone decides.
     elementwise loops    A vector loop ends in a scalar tail, which may round otherwise: that of
                          exp does; +, *, / and sqrt cannot (IEEE 754 rounds them correctly).
                          PackedNorm uses only these; row_silu gives each row a tail of its own.
@@ -22,8 +23,8 @@ and speculation run alike.
 """
 
 import math
-from collections.abc import Callable
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,8 @@ from model import MLP, Attention, Llama, RMSNorm, rotate, row_attention
 Product = Callable[[Tensor], Tensor]  # x (T, in) -> x W^T (T, out)
 
 MAX_ROWS = 16  # the most rows of a pass that is held to the bit: one token and 15 guesses
+BLOCK_ROWS = 8  # that attention runs together
+VIEW = 64  # attention looks at a multiple of so many positions
 
 
 def auto_dtype(device: torch.device) -> torch.dtype:
@@ -55,16 +58,19 @@ def pack(model: Llama) -> Llama:
     if model.config.dim >= 1 << 15:
         raise ValueError(f"rows of {model.config.dim} numbers cannot be exact: use --no-exact")
     product = partial(RowLinear, {})
-    for layer in model.model.layers:
+    for layer in model.layers:
         layer.self_attn = PackedAttention(layer.self_attn, product)
         layer.mlp = PackedMLP(layer.mlp, product)
         layer.input_layernorm = PackedNorm(layer.input_layernorm)
         layer.post_attention_layernorm = PackedNorm(layer.post_attention_layernorm)
-    model.model.norm = PackedNorm(model.model.norm)
+    model.norm = PackedNorm(model.norm)
     head = product(model.lm_head)
     del model.lm_head
     model.lm_head = head  # type: ignore[assignment]
-    model.row_attention = RowAttention
+    c = model.config
+    width = safe_width(c.n_heads, c.n_kv_heads, c.head_dim, model.dtype, model.device)
+    heads = c.n_heads // c.n_kv_heads
+    model.row_attention = partial(RowAttention, heads=heads, width=width)
     return model
 
 
@@ -174,60 +180,98 @@ def safe_rows(way: Callable[[Tensor], Product], weight: Tensor) -> int:
 # Attention
 
 
-@lru_cache(maxsize=4)
-def causal_line(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`length` zeros, then as many -inf. The slice from length-1-p is position p's causal mask.
+def view_len(end: int) -> int:
+    """Length of the view of a cache that covers positions [0, end): a function of `end` alone."""
+    return -(-end // VIEW) * VIEW
 
-    For length 4, position 1 sees line[2:6]: 0, 0, -inf, -inf.
+
+def blocks(start: int, rows: int, width: int) -> Iterator[tuple[int, int, int]]:
+    """Cuts rows at positions start..start+rows-1: (first, last, view), for each block of rows.
+
+    A block has at most `width` rows, and all of them look at the same length of view.
     """
-    with torch.inference_mode(False):
-        zeros = torch.zeros(length, dtype=dtype, device=device)
-        return torch.cat([zeros, zeros - math.inf])
+    first, end = start, start + rows
+    while first < end:
+        view = view_len(first + 1)
+        last = min(first + width, view, end)
+        yield first - start, last - start, view
+        first = last
+
+
+def padded_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, width: int) -> Tensor:
+    """Attention of rows q (T, H, hd) over keys and values (Hkv, S, hd): (T, H, hd), T <= width.
+
+    The rows of the pass and the G = H / Hkv heads of a group are together the query rows of a
+    key/value head, padded to width * G: so the cache is read once for all, and a kernel meets one
+    number of rows. mask (width * G, S): see block_mask.
+    """
+    (rows, heads, _), groups = q.shape, len(keys)
+    q = q.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)  # (Hkv, T * G, hd)
+    q = F.pad(q, (0, 0, 0, width * (heads // groups) - q.shape[1]))
+    mixed = F.scaled_dot_product_attention(q[None], keys[None], values[None], attn_mask=mask)[0]
+    mixed = mixed.unflatten(1, (width, -1))[:, :rows]  # (Hkv, T, G, hd)
+    return mixed.transpose(0, 1).flatten(1, 2)
+
+
+def block_mask(positions: Tensor, view: int, heads: int, width: int, dtype: torch.dtype) -> Tensor:
+    """0 where a row at one of `positions` (T,) sees a position of the view, else -inf.
+
+    (width * heads, view): each row as often as it has heads in a group. Rows that pad see all.
+    """
+    later = torch.arange(view, device=positions.device) > positions[:, None]  # (T, S)
+    mask = torch.zeros(later.shape, dtype=dtype, device=positions.device)
+    mask = mask.masked_fill(later, -math.inf).repeat_interleave(heads, 0)
+    return F.pad(mask, (0, 0, 0, width * heads - len(mask)))
+
+
+def safe_width(
+    heads: int, groups: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """BLOCK_ROWS if rows of a block do not see each other here, by trial; else 1: each runs alone.
+
+    For H heads in Hkv groups.
+    """
+    generator, width = torch.Generator().manual_seed(0), BLOCK_ROWS
+    for view in (VIEW, 3 * VIEW, 16 * VIEW):
+        shapes = (width, heads, head_dim), (groups, view, head_dim), (groups, view, head_dim)
+        q, k, v = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
+        positions = torch.arange(view - width, view, device=device)
+
+        def attend(rows: list[int]) -> Tensor:
+            mask = block_mask(positions[rows], view, heads // groups, width, dtype)
+            return padded_attention(q[rows], k, v, mask, width)
+
+        whole = attend(list(range(width)))
+        for rows in (*([i] for i in range(width)), [4, 2, 7], [1, 0, 3, 5, 6]):
+            if not torch.equal(attend(rows), whole[rows]):
+                return 1
+    return width
 
 
 class RowAttention:
     """model.row_attention, held to the bit: attend(layer, q, k, v) for T rows at start..start+T-1.
 
-    The rows are a *batch* of one-query sequences over the one cache: keys and values are expanded,
-    not copied. A row at position p has its own mask and sees a view of the cache whose length
-    depends on p alone, the next multiple of cache.VIEW. So it meets the same shapes in every pass.
+    Rows run in blocks of one shape. Passes of more than MAX_ROWS rows are prefill: they run whole.
     """
 
-    def __init__(self, cache: KVQCache, start: int, rows: int):
-        self.cache, self.start = cache, start
+    def __init__(self, cache: KVQCache, start: int, rows: int, heads: int, width: int):
+        self.cache, self.start, self.width = cache, start, width
         self.long = row_attention(cache, start, rows) if rows > MAX_ROWS else None
-        self.slices = []  # rows that share a length of view run together
-        if self.long:
-            return
-        line = causal_line(cache.max_len, cache.keys.dtype, cache.keys.device)
-        middle = cache.max_len - 1
-        first = start
-        while first < start + rows:
-            view = cache.view_len(first + 1)
-            last = min(start + rows, view)
-            mask = torch.stack([line[middle - p : middle - p + view] for p in range(first, last)])
-            # One row with one key/value head runs twice: MKL splits a lone product among threads.
-            count = max(last - first, 2 if cache.keys.shape[1] == 1 else 1)
-            keys, values = cache.share(view, count)
-            self.slices.append((first - start, last - start, keys, values, mask[:, None, None]))
-            first = last
+        self.blocks = []  # (first, last, view, mask)
+        positions = torch.arange(start, start + rows, device=cache.keys.device)
+        for first, last, view in blocks(start, 0 if self.long else rows, width):
+            mask = block_mask(positions[first:last], view, heads, width, cache.keys.dtype)
+            self.blocks.append((first, last, view, mask))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.long:
             return self.long(layer, q, k, v)
         self.cache.write(layer, self.start, k, v)
-        heads, groups = q.shape[1], k.shape[1]
-        q = q.unflatten(1, (groups, -1))  # (T, Hkv, G, hd)
-        # The G heads of a group are the rows of its products. With a multiple of 8, operands and
-        # scratch memory start on 64 bytes: MKL's order of summation depends on alignment.
-        q = F.pad(q, (0, 0, 0, -q.shape[2] % 8))
-        mixed = []
-        for first, last, keys, values, mask in self.slices:
-            part = q[first:last].expand(len(keys[layer]), -1, -1, -1)
-            part = F.scaled_dot_product_attention(part, keys[layer], values[layer], attn_mask=mask)
-            mixed.append(part[: last - first])
-        out = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-        return out[:, :, : heads // groups].flatten(1, 2)
+        mixed = [
+            padded_attention(q[first:last], *self.cache.read(layer, view), mask, self.width)
+            for first, last, view, mask in self.blocks
+        ]
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
 
 # --------------------------------------

@@ -14,24 +14,22 @@ Two kinds of pass go through the same layers:
     rows over a cache      h is (T, dim), consecutive positions of one text: prefill and decoding
 
 Shapes: B batch, T rows of this pass, S visible positions, H query heads, Hkv key/value heads, hd
-their size. Modules and parameters have Hugging Face's names, so weights load without a mapping.
+their size. Parameters have Hugging Face's names, without the leading `model.`.
 """
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cache import KVQCache
-from checkpoint import CheckpointError, read_checkpoint, whole_file
+from support.checkpoint import check_tensors, read_checkpoint, write_checkpoint
 
 # Attention's inner part: q (..., T, H, hd), k and v (..., T, Hkv, hd) -> (..., T, H, hd)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -41,9 +39,9 @@ PREFILL_ROWS = 512  # a long prompt runs through the layers in pieces of this ma
 
 @dataclass(frozen=True)
 class Config:
-    """Shape of a Llama; the comments give the key in Hugging Face's config.json.
+    """Shape of a Llama. The comments give the keys of Hugging Face's config.json.
 
-    Raises CheckpointError, one line, for a shape that no Llama has.
+    Nothing is checked here: support/checkpoint.py refuses a file with an impossible shape.
     """
 
     vocab_size: int
@@ -64,44 +62,6 @@ class Config:
     tied: bool = False  # tie_word_embeddings
     bos: int | None = None  # bos_token_id
     eos: tuple[int, ...] = ()  # eos_token_id: one or a list
-
-    def __post_init__(self):
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            kinds = (int,) if isinstance(low, int) else (int, float)
-            if type(value) not in kinds or not low <= value <= high:
-                kind = "a whole number" if kinds == (int,) else "a number"
-                raise _bad(f"{name} must be {kind} from {low} to {high}, not {value!r:.40}")
-        if self.n_heads % self.n_kv_heads:
-            raise _bad(f"{self.n_heads} heads do not divide into {self.n_kv_heads} key/value heads")
-        if self.head_dim % 2:
-            raise _bad(f"head_dim must be even for rotary positions, not {self.head_dim}")
-        if self.rope_type not in ("default", "linear", "llama3"):
-            raise _bad(f"rope type {self.rope_type!r:.40} is none of default, linear and llama3")
-        if self.rope_type == "llama3" and self.rope_low_freq_factor >= self.rope_high_freq_factor:
-            raise _bad("rope low_freq_factor must be below high_freq_factor")
-        if not isinstance(self.tied, bool):
-            raise _bad(f"tie_word_embeddings must be true or false, not {self.tied!r:.40}")
-        for token in (*self.eos, *(() if self.bos is None else (self.bos,))):
-            if type(token) is not int or not 0 <= token < self.vocab_size:
-                last = self.vocab_size - 1
-                raise _bad(f"a special token must be from 0 to {last}, not {token!r:.40}")
-
-
-SIZES = "vocab_size dim hidden_dim n_heads n_kv_heads head_dim".split()
-FACTORS = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor")
-RANGES = {  # bounds of fields; whole numbers where the bounds are
-    **dict.fromkeys(SIZES, (1, 1 << 20)),  # sizes in bytes stay below 2^63
-    **dict.fromkeys(("max_len", "rope_original_len"), (1, 1 << 27)),
-    "n_layers": (1, 1024),
-    "norm_eps": (1e-12, 1.0),
-    "rope_theta": (1.0, 1e12),
-    **dict.fromkeys(FACTORS, (1e-3, 1e6)),
-}
-
-
-def _bad(text: str) -> CheckpointError:
-    return CheckpointError("config: " + text)
 
 
 # --------------------------------------
@@ -225,45 +185,36 @@ class Layer(nn.Module):
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
-class Body(nn.Module):
-    """There so that names read model.layers.0 and so on, as Hugging Face's do."""
-
-    embed_tokens: nn.Embedding
-    layers: Any  # an nn.ModuleList of Layer
-    norm: RMSNorm
-
-
 class Llama(nn.Module):
     """Llama 1, 2 and 3, with an unembedding that every layer can use as an exit."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.model = Body()
         # nn.Embedding(vocab, dim) would draw random weights that a checkpoint then replaces.
         table = torch.zeros(config.vocab_size, config.dim)
-        self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
-        self.model.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
-        self.model.norm = RMSNorm(config.dim, config.norm_eps)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+        self.layers: Any = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = self.embed_tokens.weight
         self.row_attention = row_attention  # exact.pack puts another function here
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of weights, hidden states and logits."""
-        return self.model.embed_tokens.weight.dtype
+        return self.embed_tokens.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.embed_tokens.weight.device
+        return self.embed_tokens.weight.device
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) or (T,) -> hidden states (B, T, dim) or (T, dim)."""
-        return self.model.embed_tokens(tokens)
+        return self.embed_tokens(tokens)
 
     def run_layers(
         self, h: Tensor, first: int, last: int, cache: KVQCache | None = None, start: int = 0
@@ -276,17 +227,17 @@ class Llama(nn.Module):
         """
         cos, sin = self.rotary(start, h.shape[-2])
         if cache is None:
-            for layer in self.model.layers[first:last]:
+            for layer in self.layers[first:last]:
                 h = layer(h, cos, sin)
             return h
         attend = self.row_attention(cache, start, len(h))
         for l in range(first, last):
-            h = self.model.layers[l](h, cos, sin, partial(attend, l))
+            h = self.layers[l](h, cos, sin, partial(attend, l))
         return h
 
     def unembed(self, h: Tensor) -> Tensor:
         """Hidden states (..., dim) after any layer -> logits (..., vocab): g(.) in LayerSkip."""
-        return self.lm_head(self.model.norm(h))
+        return self.lm_head(self.norm(h))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> logits (B, T, vocab) of the full model."""
@@ -315,81 +266,11 @@ def prefill(model: Llama, cache: KVQCache, tokens: list[int]) -> None:
         rows = tokens[first : first + PREFILL_ROWS]
         h = model.embed(torch.tensor(rows, device=model.device))
         model.run_layers(h, 0, model.config.n_layers, cache, cache.length)
-        cache.accept(len(rows))
+        cache.commit(len(rows))
 
 
 # --------------------------------------
 # Checkpoints
-
-KEYS = {  # field of Config: key of Hugging Face's config.json
-    "vocab_size": "vocab_size",
-    "dim": "hidden_size",
-    "hidden_dim": "intermediate_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "max_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "tied": "tie_word_embeddings",
-    "bos": "bos_token_id",
-}
-ROPE_KEYS = {
-    "rope_type": "rope_type",
-    "rope_factor": "factor",
-    "rope_low_freq_factor": "low_freq_factor",
-    "rope_high_freq_factor": "high_freq_factor",
-    "rope_original_len": "original_max_position_embeddings",
-}
-
-
-def read_config(c: dict) -> Config:
-    """Config from the keys of Hugging Face's config.json, as transformers 4 or 5 writes them.
-
-    Raises CheckpointError, one line, where it is none of a Llama that runs here.
-    """
-    if c.get("model_type") != "llama":
-        raise _bad(f"model_type must be 'llama', not {c.get('model_type')!r:.40}")
-    for key in ("attention_bias", "mlp_bias", "quantization_config"):
-        if c.get(key):
-            raise _bad(f"{key} is not supported")
-    if c.get("hidden_act", "silu") != "silu":
-        raise _bad(f"hidden_act {c['hidden_act']!r:.40} is not supported, only silu")
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise _bad("the rope parameters are not a JSON object")
-    found = {name: c[key] for name, key in KEYS.items() if c.get(key) is not None}
-    for name in ("vocab_size", "dim", "hidden_dim", "n_layers", "n_heads"):
-        if name not in found:
-            raise _bad(f"{KEYS[name]} is missing")
-    if "head_dim" not in found:
-        dim, heads = found["dim"], found["n_heads"]
-        if type(dim) is not int or type(heads) is not int or heads < 1 or dim % heads:
-            raise _bad(f"hidden_size {dim!r:.40} does not divide into {heads!r:.40} heads")
-        found["head_dim"] = dim // heads
-    found["rope_type"] = kind = rope.get("rope_type", rope.get("type", "default"))
-    found["rope_theta"] = rope.get("rope_theta", c.get("rope_theta", 10000.0))
-    wanted = {"linear": ("rope_factor",), "llama3": tuple(ROPE_KEYS)[1:]}
-    for name in wanted.get(kind, ()) if isinstance(kind, str) else ():
-        if ROPE_KEYS[name] not in rope:
-            raise _bad(f"rope {ROPE_KEYS[name]} is missing")
-        found[name] = rope[ROPE_KEYS[name]]
-    eos = c.get("eos_token_id")
-    found["eos"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    return Config(**{"n_kv_heads": found["n_heads"], "norm_eps": 1e-6} | found)
-
-
-def write_config(config: Config, dtype: torch.dtype) -> dict:
-    """The keys of a config.json that transformers 4 and 5 both read."""
-    c: dict = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-    c |= {key: getattr(config, name) for name, key in KEYS.items()}
-    c |= {"rope_theta": config.rope_theta, "rope_scaling": None}
-    if config.rope_type != "default":
-        names = ROPE_KEYS if config.rope_type == "llama3" else ("rope_type", "rope_factor")
-        c["rope_scaling"] = {ROPE_KEYS[name]: getattr(config, name) for name in names}
-    eos = list(config.eos)
-    c["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else eos
-    return c | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def load_checkpoint(
@@ -397,34 +278,17 @@ def load_checkpoint(
 ) -> Llama:
     """A Llama from a directory in Hugging Face's or Meta's layout, in evaluation mode.
 
-    dtype None keeps the stored type. Raises CheckpointError, one line, when the directory does not
-    hold a whole, finite Llama in safetensors.
+    dtype None keeps the stored type. Raises CheckpointError where the directory does not hold a
+    whole, finite Llama in safetensors.
     """
-    found, tensors = read_checkpoint(path)
-    config = read_config(found)
-    if config.tied:
-        tensors.pop("lm_head.weight", None)
+    fields, tensors = read_checkpoint(path)
     with torch.device("meta"):
-        model = Llama(config)
-    wanted = dict(model.named_parameters())
-    for names, what in (
-        (wanted.keys() - tensors.keys(), "lacks the tensor"),
-        (tensors.keys() - wanted.keys(), "has the unexpected tensor"),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{path} {what} {min(names)}{more}")
-    for name, parameter in wanted.items():
-        stored = tensors[name]
-        if stored.shape != parameter.shape:
-            expected = tuple(parameter.shape)
-            raise CheckpointError(f"{path}: {name} is {stored.shape}, the config says {expected}")
-    for name in wanted:
-        weight = tensors[name].read().to(device, dtype)
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(weight))
-    if config.tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        model = Llama(Config(**fields))
+    check_tensors(path, tensors, {name: p.shape for name, p in model.named_parameters()})
+    weights = {name: stored.read().to(device, dtype) for name, stored in tensors.items()}
+    model.load_state_dict(weights, assign=True, strict=False)  # checked
+    if model.config.tied:
+        model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
 
 
@@ -435,11 +299,5 @@ def save_checkpoint(model: Llama, path: str | Path) -> None:
     """
     if not isinstance(model.lm_head, nn.Linear):
         raise ValueError("a packed model has no plain weights: save it before exact.pack")
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    with whole_file(path / "model.safetensors") as file:  # tied weights are there once
-        save_file(weights, file.name, metadata={"format": "pt"})
-    with whole_file(path / "config.json") as file:
-        text = json.dumps(write_config(model.config, model.dtype), indent=2)
-        file.write(text.encode() + b"\n")
+    weights = {name: p.detach() for name, p in model.named_parameters()}  # tied: once
+    write_checkpoint(path, asdict(model.config), weights)

@@ -13,14 +13,9 @@ the bit (on a CPU). Every random number is a pure function of (seed, step), so a
 weights, its optimiser and a step.
 """
 
-import argparse
 import math
-import os
-import shutil
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,12 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import read_json
-from command import command_errors
-from data import IGNORED, Tokens
-from exact import auto_dtype
-from model import Config, Llama, load_checkpoint, read_config, save_checkpoint
-from runs import TrainingRun, state_tensors
+from model import Llama
+from support.data import IGNORED, Tokens
+from support.runs import RunDirectory
 
 # --------------------------------------
 # The two schedules, and the recipes that are settings of them. l counts layers from 0 to L-1, t
@@ -42,7 +34,7 @@ from runs import TrainingRun, state_tensors
 
 
 def setting(default: Any, text: str, *choices: str) -> Any:
-    """A field of Recipe, with what the command line says of it."""
+    """A field of a dataclass that is an option of the command line, with its help."""
     return field(default=default, metadata={"text": text, "choices": choices or None})
 
 
@@ -99,8 +91,8 @@ def layer_dropout(l: int, t: int, layers: int, steps: int, recipe: Recipe) -> fl
 def exit_layers(recipe: Recipe, layers: int) -> list[int]:
     """The early exits that get a loss, as numbers of layers E = l + 1.
 
-    LITE takes every eighth of L from a quarter on: of 32 layers 8, 12, .. 28. Raises ValueError,
-    one line, where --exits names none.
+    LITE takes every eighth of L from a quarter on: of 32 layers 8, 12, .. 28. Raises ValueError
+    where --exits names none.
     """
     if recipe.exits == "lite":
         return sorted({round(layers * eighths / 8) for eighths in range(2, 8)} - {0, layers})
@@ -214,7 +206,7 @@ class Objective(nn.Module):
         cos, sin = model.rotary(0, tokens.shape[1])
         h = model.embed(tokens).float()  # float32 between layers, under autocast too
 
-        for l, layer in enumerate(model.model.layers):
+        for l, layer in enumerate(model.layers):
             if used[l]:
                 samples = torch.from_numpy(mask[l]).to(h.device)
                 h = run_with_dropout(layer, h, cos, sin, samples, keep[l])
@@ -285,246 +277,97 @@ def learning_rate(t: int, steps: int, warmup: int) -> float:
 
 
 # --------------------------------------
-# The loop
+# A step, and the loop
 
-FREE = ("out", "save_every", "compile", "accumulate")  # may differ on going on
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run trains, beside its recipe."""
+
+    steps: int = setting(3000, "optimiser steps")
+    batch: int = setting(8, "sequences per step, over all processes")
+    seq: int = setting(512, "tokens per sequence")
+    accumulate: int = setting(1, "run a batch in so many pieces, to save memory")
+    lr: float = setting(1e-3, "peak learning rate")
+    warmup: int = setting(100, "steps of linear warm-up")
+    save_every: int = setting(500, "steps between checkpoints")
+    seed: int = setting(0, "of weights, crops and dropout")
+    bf16: bool = setting(False, "bfloat16 products")
 
 
 class Trainer:
-    """Model, optimiser and step of one run. Raises ValueError, one line, on what cannot train."""
+    """Model, optimiser and step of one run. Raises ValueError on what cannot train.
 
-    def __init__(self, args: argparse.Namespace, run: TrainingRun):
-        self.args, self.run, self.recipe = args, run, recipe_of(args)
-        parts = run.world * args.accumulate
-        if args.batch % parts:
-            raise ValueError(f"--batch {args.batch} does not divide into {parts} parts")
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if args.bf16 is None:
-            args.bf16 = auto_dtype(self.device) == torch.bfloat16
-        model = load_checkpoint(args.init, torch.float32).train() if args.init else None
-        self.config = model.config if model else SHAPE
-        if args.config:
-            self.config = read_config(read_json(Path(args.config)))
-        if self.config.n_layers < 2:
-            raise ValueError("a model of one layer has no early exit to train")
-        exit_layers(self.recipe, self.config.n_layers)  # refuses a wrong --exits at once
-        if args.seq > self.config.max_len:
-            raise ValueError(f"--seq {args.seq} is beyond the context of {self.config.max_len}")
-        self.tokens, self.held_out, self.tokenizer = run.open(args.data, self.config.vocab_size)
-        if min(len(self.tokens), len(self.held_out)) <= args.seq + 1:
-            raise ValueError(f"the data is too short for --seq {args.seq}")
-        size, eos = self.tokenizer.vocab_size, self.tokenizer.eos
-        if model is None:
-            special: dict = dict(bos=self.tokenizer.bos, eos=() if eos is None else (eos,))
-            self.config = replace(self.config, vocab_size=size, **special)
-            model = Llama(self.config)
-            initialise(model, args.seed)
-        if size > self.config.vocab_size:
-            raise ValueError(f"the tokenizer has {size} tokens, more than the model")
-        self.objective = Objective(model.to(self.device))
-        run.shard(self.objective, model.model.layers)
+    `run` is the directory, and stands for the other processes where there are any.
+    """
+
+    def __init__(
+        self, model: Llama, recipe: Recipe, settings: Settings, tokens: Tokens, run: RunDirectory
+    ):
+        self.recipe, self.settings, self.tokens, self.run = recipe, settings, tokens, run
+        self.config, self.device, self.step = model.config, model.device, 0
+        self.objective = Objective(model)
+        run.shard(self.objective, model.layers)
         named = self.objective.named_parameters()
         self.parameters = {name.removeprefix("llama."): p for name, p in named}
         groups: list[dict] = [{"params": [], "weight_decay": w} for w in (0.0, 0.1)]
         for p in self.parameters.values():
             groups[p.dim() == 2]["params"].append(p)
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-        self.step = run.load_state(state_tensors(self.parameters, self.optimizer), self.settings())
-        if self.step:
-            run.say(f"going on from step {self.step} of {args.steps}")
-        run.take_back_metrics(self.step)
-
-    def settings(self) -> dict:
-        """What the weights depend on; a run that goes on must agree with it."""
-        given = {k: v if v is None else str(v) for k, v in vars(self.args).items()}
-        whole = {"recipe": asdict(self.recipe), "config": str(self.config)}  # not a file's name
-        return {k: v for k, v in given.items() if k not in FREE} | whole
-
-    def save(self) -> None:
-        """Writes the checkpoint in bfloat16, with what it is worth, then the state.
-
-        In this order a run that is killed between the two goes on from the state before.
-        """
-        run, args, layers = self.run, self.args, self.config.n_layers
-        weights = run.whole_weights(self.objective)
-        if run.rank == 0:
-            stored = Llama(self.config).to(torch.bfloat16)
-            stored.load_state_dict({k.removeprefix("llama."): v for k, v in weights.items()})
-            save_checkpoint(stored, run.out)
-            exits = [*(exit_layers(self.recipe, layers) or range(1, layers)), layers]
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-                found = evaluate(stored.float(), self.held_out, args.seq, exits)
-            about = dict(recipe=asdict(self.recipe), seed=args.seed, steps=self.step)
-            run.describe(about | dict(tokens=self.step * args.batch * args.seq, held_out=found))
-        run.save_state(
-            state_tensors(self.parameters, self.optimizer),
-            {"step": self.step, "settings": self.settings()},
-        )
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
 
     def train_step(self) -> tuple[dict[int, float], float]:
         """One optimiser step: the mean loss of each exit that it trained, and the gradient's norm.
 
-        Every process draws for the whole batch and trains its own part, in --accumulate pieces: so
-        their number does not change what is trained. Raises ValueError on a loss not finite.
+        Raises ValueError on a loss that is not finite.
         """
-        args, t, layers = self.args, self.step, self.config.n_layers
-        crops = self.tokens.crops(args.batch, args.seq, args.seed, t)
-        tokens, targets = (x.to(self.device) for x in crops)
+        s, t, layers = self.settings, self.step, self.config.n_layers
+        tokens, targets = (x.to(self.device) for x in self.tokens.crops(s.batch, s.seq, s.seed, t))
         counted = max(int((targets != IGNORED).sum()), 1)
-        weights = exit_weights(t, layers, args.steps, self.recipe)
-        drop = [layer_dropout(l, t, layers, args.steps, self.recipe) for l in range(layers)]
-        mask = draw_mask(args.seed, t, drop, args.batch, self.recipe.dropout_unit)
+        weights = exit_weights(t, layers, s.steps, self.recipe)
+        drop = [layer_dropout(l, t, layers, s.steps, self.recipe) for l in range(layers)]
+        mask = draw_mask(s.seed, t, drop, s.batch, self.recipe.dropout_unit)
         keep = [1 - p if self.recipe.rescale else 1.0 for p in drop]
+
+        # Every process draws for the whole batch and trains its own part of it, in pieces. So what
+        # is trained does not depend on their number.
         sums = torch.zeros(len(weights), device=self.device)
-        pieces = np.arange(args.batch).reshape(self.run.world, args.accumulate, -1)
+        pieces = np.arange(s.batch).reshape(self.run.world, s.accumulate, -1)
         for number, own in enumerate(pieces[self.run.rank]):
             used = mask[:, pieces[:, number].flatten()].any(1)
             batch = tokens[own], targets[own], mask[:, own], used, keep, weights
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=s.bf16):
                 total, losses = self.objective(*batch)
             (total * (self.run.world / counted)).backward()  # sharding takes the mean
             sums += losses
         sums = self.run.sum(sums)
+
         norm: Any = nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not math.isfinite(norm) or not sums.isfinite().all():
             raise ValueError(f"the loss is not finite at step {t + 1}: try a lower --lr")
         for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * learning_rate(t, args.steps, args.warmup)
+            group["lr"] = s.lr * learning_rate(t, s.steps, s.warmup)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return dict(zip(sorted(weights), (sums / counted).tolist())), norm
 
-    def compile(self) -> None:
-        """Compiles the layers and an exit's loss, on a whole batch that trains nothing.
-
-        A compiler fits its code to the shapes that it meets first. Without this a resumed run
-        could meet others first, and end with other bits.
-        """
-        varies = self.recipe.p_max > 0 and self.recipe.dropout_unit == "sample"
-        for layer in self.objective.llama.model.layers:
-            layer.compile(dynamic=varies)
-        self.objective.exit_loss = torch.compile(self.objective.exit_loss)  # type: ignore
-        layers = self.config.n_layers
-        batch = self.args.batch // self.run.world // self.args.accumulate
-        tokens = torch.zeros(batch, self.args.seq, dtype=torch.long, device=self.device)
-        mask, weights = np.ones((layers, batch), bool), {1: 0.5, layers: 0.5}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-            loss, _ = self.objective(tokens, tokens, mask, mask.any(1), [1.0] * layers, weights)
-        loss.backward()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def train(self) -> None:
-        """The loop, with progress and saves. Ctrl-C ends it after the step, saved."""
-        args, run = self.args, self.run
-        run.watch_ctrl_c()
-        count = sum(p.numel() for p in self.parameters.values())
-        run.say(f"{count / 1e6:.1f}M parameters, {len(self.tokens) / 1e6:.2f}M training tokens")
-        if args.compile and self.step < args.steps:
-            self.compile()
-        if args.init and not self.step:
-            self.save()  # shows where the training begins
-        begun, started, stopped = self.step, time.time(), False
-        while self.step < args.steps and not stopped:
+    def train(self, save: Callable[[], None]) -> None:
+        """The loop: steps, progress and saves. Ctrl-C ends it after the step, saved."""
+        s, run, stopped = self.settings, self.run, False
+        run.start_clock(self.step)
+        while self.step < s.steps and not stopped:
             losses, norm = self.train_step()
-            per_step = (time.time() - started) / (self.step - begun)
-            rate = args.batch * args.seq / per_step
-            row = {"step": self.step, "losses": losses, "norm": norm, "tokens_per_second": rate}
-            run.add_metrics(row)
-            run.progress(row, args.steps, (args.steps - self.step) * per_step)
+            run.progress(self.step, s.steps, s.batch * s.seq, {"losses": losses, "norm": norm})
             stopped = run.stopped()
-            if self.step % args.save_every == 0 or self.step == args.steps or stopped:
-                self.save()
+            if self.step % s.save_every == 0 or self.step == s.steps or stopped:
+                save()
         if stopped:
             run.say(f"\nstopped at step {self.step}; the same command goes on from there")
             raise SystemExit(130)
-        run.say(f"\n{run.out} holds the checkpoint: python decode.py --ckpt {run.out}")
-
-
-# --------------------------------------
-# Command line
-
-SHAPE = Config(2048, 192, 384, 24, n_heads=3, n_kv_heads=1, head_dim=64, max_len=512, tied=True)
-NUMBERS = {  # option: default, least value, what it is
-    "steps": (3000, 1, "optimiser steps"),
-    "batch": (8, 1, "sequences per step, over all processes"),
-    "seq": (512, 1, "tokens per sequence"),
-    "accumulate": (1, 1, "run a batch in so many pieces, to save memory"),
-    "lr": (1e-3, 1e-12, "peak learning rate"),
-    "warmup": (100, 1, "steps of linear warm-up"),
-    "save-every": (500, 1, "steps between checkpoints"),
-    "seed": (0, 0, "of weights, crops and dropout"),
-}
-
-
-def recipe_of(args: argparse.Namespace) -> Recipe:
-    """The recipe of the options. Raises ValueError on settings out of their range."""
-    base = RECIPES[args.recipe]
-    if args.phase and args.recipe != "layerskip":
-        raise ValueError(f"--phase is a setting of --recipe layerskip, not of {args.recipe}")
-    if args.recipe == "layerskip":
-        base = LAYERSKIP[args.phase or ("continual" if args.init else "scratch")]
-    given = {name: getattr(args, name) for name in asdict(base)}
-    recipe = replace(base, **{name: value for name, value in given.items() if value is not None})
-    for name, most in (("p_max", 0.999), ("rotation", 10**6), ("e_scale", 1e6)):
-        if not 0 <= getattr(recipe, name) <= most:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} must be from 0 to {most}, not {getattr(recipe, name)}")
-    return recipe
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
-    p = argparse.ArgumentParser(
-        prog="train.py",
-        description="Train an early-exit Llama. The same command goes on with a stopped run.",
-    )
-    add = p.add_argument
-    add("--out", required=True, metavar="DIR", help="the run's checkpoint, state and metrics")
-    text = "stdlib, directories, .txt, or .jsonl with prompt and completion"
-    add("--data", nargs="+", default=["stdlib"], metavar="SRC", help=text)
-    add = p.add_mutually_exclusive_group().add_argument
-    add("--init", metavar="DIR", help="start from this checkpoint, with its shape and tokenizer")
-    text = "else a config.json with the shape (default: 24 layers of 192, 8 million weights)"
-    add("--config", metavar="FILE", help=text)
-    add = p.add_argument
-    for name, (default, _, text) in NUMBERS.items():
-        kind = type(default)
-        add(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} ({default})")
-    text = "bfloat16 products (default: where the hardware has them)"
-    add("--bf16", action=argparse.BooleanOptionalAction, help=text)
-    has = shutil.which("c++") is not None
-    text = "compile layers and loss (default: where there is a C++ compiler)"
-    add("--compile", action=argparse.BooleanOptionalAction, default=has, help=text)
-    add = p.add_argument_group("recipe (options change single settings of it)").add_argument
-    add("--recipe", choices=RECIPES, default="layerskip", help="default %(default)s")
-    add("--phase", choices=LAYERSKIP, help="LayerSkip's published settings")
-    for f in fields(Recipe):
-        of, choices = type(f.default), f.metadata["choices"]
-        how: dict = {"type": of, "choices": choices, "metavar": None if choices else "X"}
-        how = {"action": argparse.BooleanOptionalAction} if of is bool else how
-        add("--" + f.name.replace("_", "-"), **how, default=None, help=f.metadata["text"])
-    return p
-
-
-def main() -> None:
-    args = parser().parse_args()
-    with command_errors("train.py"):
-        for name, (_, least, _) in NUMBERS.items():
-            value = getattr(args, name.replace("-", "_"))
-            if not least <= value < 2**63:
-                raise ValueError(f"--{name} must be at least {least}, not {value}")
-        run: TrainingRun = TrainingRun(args.out, args.init)
-        if "RANK" in os.environ:
-            from extras.sharded import ShardedRun
-
-            run = ShardedRun(args.out, args.init)
-        try:
-            Trainer(args, run).train()
-        finally:
-            run.close()
 
 
 if __name__ == "__main__":
+    from support.train_command import main
+
     main()

@@ -10,8 +10,8 @@ from bench.common import SHAPES, markdown, progress
 from bench.decoding import drafters, speedup, sweep
 from bench.engine import ideal, roofline
 from bench.peers import peers, train
-from command import DEFAULT_CKPT, DTYPES, command_errors, usable_device
 from exact import auto_dtype
+from support.console import DEFAULT_CKPT, DTYPES, command_errors, usable_device
 
 OPTIONS: dict[str, dict] = {
     "ckpt": dict(type=Path, default=DEFAULT_CKPT),
@@ -28,7 +28,6 @@ OPTIONS: dict[str, dict] = {
     "exits": dict(type=int, nargs="+", default=[2, 3, 4, 6, 8]),
     "drafts": dict(type=int, nargs="+", default=[2, 4, 6, 10, 15]),
     "drafter": dict(nargs="+", default=[], help="other drafters, as in decode.py"),
-    "draft-vocab": dict(type=int, nargs="+", default=[], help="exits that guess so many tokens"),
     "tries": dict(type=int, default=200, help="of the search for sublayers to skip"),
     "compile": dict(action="store_true", default=False),
     "dtype": dict(choices=["auto", *DTYPES], default="auto"),
@@ -36,7 +35,7 @@ OPTIONS: dict[str, dict] = {
 }
 DECODING = "prompts tokens runs confidence dtype device"
 COMMANDS: dict[Callable, tuple[str, dict]] = {  # options, and defaults of their own
-    speedup: (f"ckpt task {DECODING} exit draft drafter draft-vocab compile", {}),
+    speedup: (f"ckpt task {DECODING} exit draft drafter compile", {}),
     sweep: (f"ckpt {DECODING} exits drafts", dict(prompts=5, runs=3)),
     drafters: (f"ckpt task {DECODING} exit draft drafter tries compile", {}),
     peers: (f"ckpt shape {DECODING} exit draft compile", {}),

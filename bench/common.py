@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from bench import tasks
-from checkpoint import read_checkpoint
-from command import Run, default_settings, run
 from decode import check_request, generate
 from exact import pack
 from extras.compiled import compile_model
-from model import Config, Llama, load_checkpoint, read_config
-from tokenizer import Tokenizer
+from model import Config, Llama, load_checkpoint
+from support.checkpoint import read_checkpoint
+from support.console import Totals, collect, default_settings
+from support.tokenizer import Tokenizer
 
 SHAPES = {
     "8m": Config(2048, 192, 384, 24, 3, 1, 64, tied=True),  # the shipped checkpoint
@@ -40,7 +40,7 @@ def target(args: Namespace, part: int = 0) -> Namespace:
         settings: dict = dict(exit_layer=config.n_layers // 4, draft_len=6, min_confidence=0.0)
         prompts = [[number, *range(63)] for number in range(args.prompts)]
     else:
-        config, tokenizer = read_config(read_checkpoint(args.ckpt)[0]), Tokenizer(args.ckpt)
+        config, tokenizer = Config(**read_checkpoint(args.ckpt)[0]), Tokenizer(args.ckpt)
         load = partial(load_checkpoint, args.ckpt)
         settings = default_settings(args.ckpt, config, tokenizer)
         settings.pop("eos")
@@ -65,7 +65,7 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Ll
         model = Llama(config)
     model = model.to(dtype).to_empty(device=device)
     if config.tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        model.lm_head.weight = model.embed_tokens.weight
     torch.manual_seed(0)
     for p in model.parameters():
         p.data.normal_(0, 1.5 * p.shape[1] ** -0.5) if p.dim() > 1 else p.data.fill_(1)
@@ -77,12 +77,12 @@ def engine(t: Namespace, model: Llama, compiled: bool) -> Llama:
     return compile_model(model, t.settings["exit_layer"]) if compiled else pack(model)
 
 
-def decode_all(model: Llama, prompts: list[list[int]], count: int, **settings: Any) -> Run:
-    """`count` tokens after each prompt, as one Run. Settings may be a list, one for each prompt."""
-    total = Run()
+def decode_all(model: Llama, prompts: list[list[int]], count: int, **settings: Any) -> Totals:
+    """`count` tokens after each prompt, added up. Settings may be a list, one for each prompt."""
+    total = Totals()
     for number, prompt in enumerate(prompts):
         own = {k: v[number] if isinstance(v, list) else v for k, v in settings.items()}
-        run(generate(model, prompt, max_new_tokens=count, eos=(), **own), into=total)
+        collect(generate(model, prompt, max_new_tokens=count, eos=(), **own), into=total)
     return total
 
 
@@ -99,7 +99,7 @@ def alternate(works: Works, turns: int) -> dict[str, list]:
 def compare(
     works: Works, turns: int, same: dict[str, str], base: str = "plain", equal: str = "identical"
 ) -> list[dict]:
-    """A row for each way of making tokens, which returns a Run.
+    """A row for each way of making tokens, which returns Totals.
 
     A speedup is the ratio, turn by turn, to the fastest way with `base` in its name. The column
     `equal` says whether the tokens are those of the way same[name].

@@ -11,7 +11,7 @@ import torch
 from bench.common import Table, Works, compare, decode_all, engine, progress, target, title
 from decode import Sampling
 from exact import pack
-from extras.drafters import SkipLayers, parse_drafter, search_skips
+from extras.drafters import DRAFTERS, SkipLayers, parse_drafter, search_skips
 from extras.lens import choose_exit
 
 
@@ -39,20 +39,16 @@ def drafted_table(t: Namespace, who: dict[str, dict], temperature: float = 0.0) 
 def speedup(args: Namespace) -> list[Table]:
     """Self-speculation against the fastest plain decoding that this code can do.
 
-    --drafter adds other drafters, by decode.py's names for them, and --draft-vocab exits that guess
-    the first N tokens alone.
+    --drafter adds other drafters, by decode.py's names for them.
     """
     t = target(args)
-    who = {"drafted": t.settings, **named(t, t.drafter)}
-    for n in t.draft_vocab:
-        who[f"exit, {n} tokens"] = named(t, ["exit"], n)["exit"]
-    return [drafted_table(t, who)]
+    return [drafted_table(t, {"drafted": t.settings, **named(t, t.drafter)})]
 
 
-def named(t: Namespace, drafters: Iterable[str], vocab: int | None = None) -> dict[str, dict]:
+def named(t: Namespace, drafters: Iterable[str]) -> dict[str, dict]:
     """Settings of generate for drafters by name."""
     raw, base = t.load(t.dtype), t.settings
-    return {who: base | parse_drafter(who, raw, base["exit_layer"], vocab) for who in drafters}
+    return {who: base | parse_drafter(who, raw, base["exit_layer"]) for who in drafters}
 
 
 def sweep(args: Namespace) -> list[Table]:
@@ -84,7 +80,8 @@ def drafters(args: Namespace) -> list[Table]:
         chosen = [choose_exit(raw, prompt, base) for prompt in t.prompts]
         auto = {name: [one[name] for one in chosen] for name in ("exit_layer", "draft_len")}
         who["exit auto"] = {**base, **auto}
-    who |= named(t, ("lookup", "lookup+exit", "jacobi", *t.drafter))
+    alone = [form for form, _ in DRAFTERS.values() if ":" not in form and form != "exit"]
+    who |= named(t, [*alone, *t.drafter])
     skip = dict(exit_layer=0, drafter=partial(SkipLayers, attention=attention, mlp=mlp))
     who[f"skip {len(attention)} attention, {len(mlp)} MLP"] = {**base, **skip}
     return [drafted_table(t, who, temperature) for temperature in (0.0, 0.8)]

@@ -11,6 +11,7 @@ import torch
 from bench.common import Table, Works, alternate, decode_all, engine, target, title
 from decode import Round, Sampling, draft, gumbel, new_cache, next_token, verify
 from model import Llama
+from support.console import Totals
 
 DAMPINGS = 0.4, 0.2, 0.05  # of `ideal`: some 60, 80 and 95% of the guesses are right
 
@@ -24,10 +25,11 @@ def pass_seconds(
     They run after `context` live positions. `others` take turns with them.
     """
     exit_layer, d = settings["exit_layer"], settings["draft_len"]
-    cache = new_cache(model.config, context + d + 1, d, model.dtype, model.device)
+    cache = new_cache(model, context + d + 1, d)
     for part in (cache.keys, cache.values, cache.queries):
         part.normal_()
-    cache.accept(context)
+    cache.commit(context)
+    cache.query_layer = [exit_layer] * (d + 1)
     pick = partial(next_token, sampling=sampling)
 
     def verified(rows: int, first: int) -> None:
@@ -49,7 +51,7 @@ def pass_seconds(
 
 def pass_bytes(model: Llama, layers: int, positions: int) -> int:
     """What a pass through `layers` layers and the head reads: weights once, and the live cache."""
-    c, parts = model.config, [*model.model.layers[:layers], model.model.norm, model.lm_head]
+    c, parts = model.config, [*model.layers[:layers], model.norm, model.lm_head]
     weights = sum(p.numel() for part in parts for p in part.parameters())
     return model.dtype.itemsize * (weights + 2 * layers * c.n_kv_heads * c.head_dim * positions)
 
@@ -112,7 +114,7 @@ def ideal(args: Namespace) -> list[Table]:
 def ideal_row(t: Namespace, damping: float) -> dict:
     """What the acceptance under this damping promises, and what is measured."""
     model, sampling, d = t.load(t.dtype), Sampling(1.0), t.settings["draft_len"]
-    for layer in model.model.layers[t.settings["exit_layer"] :]:
+    for layer in model.layers[t.settings["exit_layer"] :]:
         layer.self_attn.o_proj.weight.data *= damping
         layer.mlp.down_proj.weight.data *= damping
     model, context = engine(t, model, t.compile), len(t.prompts[0]) + t.tokens // 2
@@ -124,7 +126,8 @@ def ideal_row(t: Namespace, damping: float) -> dict:
     speedups = []
     for full, drafted in pairs:
         rounds = [r for r in drafted.rounds if len(r.drafted) == d]
-        speedups.append(seconds_a_token(full.rounds) / seconds_a_token(rounds))
+        speedups.append(seconds_a_token(full, 0) / seconds_a_token(drafted, d))
+    rounds = [r for r in drafted.rounds if len(r.drafted) == d]
     alpha, measured = accepted_each(rounds), median(speedups)
     promised = ideal_speedup(alpha, d, c_draft, c_verify)
     row = dict(damping=damping, alpha=alpha, c_draft=c_draft, c_verify=c_verify)
@@ -132,7 +135,8 @@ def ideal_row(t: Namespace, damping: float) -> dict:
     return row | {"identical": all(full.ids == drafted.ids for full, drafted in pairs)}
 
 
-def seconds_a_token(rounds: list[Round]) -> float:
-    """Mean seconds of a token, without prefill."""
-    taken = sum(r.draft_seconds + r.verify_seconds for r in rounds)
-    return taken / sum(len(r.emitted) for r in rounds)
+def seconds_a_token(totals: Totals, drafted: int) -> float:
+    """Mean seconds of a token in rounds of so many guesses, without the first, which prefills."""
+    pairs = enumerate(zip(totals.times, totals.rounds))
+    kept = [p for n, p in pairs if n not in totals.starts and len(p[1].drafted) == drafted]
+    return sum(seconds for seconds, _ in kept) / sum(len(r.emitted) for _, r in kept)

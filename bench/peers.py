@@ -14,12 +14,12 @@ from timeit import timeit
 import torch
 from torch import Tensor
 
-import runs
 from bench.common import Table, Works, compare, decode_all, engine, installed, target, title
-from checkpoint import read_checkpoint
-from command import Run
 from model import Llama, rotary_frequencies, save_checkpoint
-from train import Trainer, parser
+from support.checkpoint import read_json
+from support.console import Totals
+from support.runs import RunDirectory
+from support.train_command import compile, parser, prepare
 
 One = Callable[[list[int], int], list[int]]  # one(prompt, count) -> new tokens
 
@@ -54,11 +54,11 @@ def peers(args: Namespace) -> list[Table]:
     return [(title(t), compare(works, t.runs, same, equal="same text"))]
 
 
-def timed(one: One, prompts: list[list[int]], count: int) -> Run:
+def timed(one: One, prompts: list[list[int]], count: int) -> Totals:
     """The new tokens of all prompts, and the seconds that they took."""
     started = time.perf_counter()
     ids = [token for prompt in prompts for token in one(prompt, count)]
-    return Run(ids, [], time.perf_counter() - started)
+    return Totals(ids, times=[time.perf_counter() - started])
 
 
 def transformers_of(folder: Path, t: Namespace, settings: dict) -> One:
@@ -156,9 +156,9 @@ def train(args: Namespace) -> list[Table]:
     return [(f"{about}, medians of {args.runs} turns, speedup against {first}", rows)]
 
 
-def timed_steps(step: Callable[[], object]) -> Run:
-    """A turn of steps as a Run: so many tokens, and the seconds that they take."""
-    return Run([0] * (STEPS * BATCH * LENGTH), [], timeit(step, number=STEPS))
+def timed_steps(step: Callable[[], object]) -> Totals:
+    """A turn of steps as Totals: so many tokens, and the seconds that they take."""
+    return Totals([0] * (STEPS * BATCH * LENGTH), times=[timeit(step, number=STEPS)])
 
 
 def recipe_step(args: Namespace, recipe: str, folder: Path) -> Callable[[], object]:
@@ -167,9 +167,9 @@ def recipe_step(args: Namespace, recipe: str, folder: Path) -> Callable[[], obje
     text.write_text(20 * Path(__file__).read_text())  # what is learned does not matter
     options = ["--recipe", recipe, "--init", str(args.ckpt), "--out", out, "--data", str(text)]
     options += ["--batch", str(BATCH), "--seq", str(LENGTH), "--steps", "100000"]
-    trainer = Trainer(parser().parse_args(options), runs.TrainingRun(out, args.ckpt))
+    trainer, _ = prepare(parser().parse_args(options), RunDirectory(out, args.ckpt))
     if args.compile:
-        trainer.compile()
+        compile(trainer)
     return trainer.train_step
 
 
@@ -177,7 +177,7 @@ def transformers_step(args: Namespace) -> Callable[[], object]:
     """One step of a plain training loop over transformers' Llama."""
     import transformers
 
-    config = transformers.LlamaConfig(**read_checkpoint(args.ckpt)[0])
+    config = transformers.LlamaConfig(**read_json(args.ckpt / "config.json"))
     model = transformers.LlamaForCausalLM(config).to(args.device)
     ids = torch.randint(config.vocab_size, (BATCH, LENGTH), device=args.device)
     narrow = args.dtype == torch.bfloat16

@@ -6,9 +6,9 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from itertools import cycle
 
-from data import read_files, stdlib_files
 from extras.chat import Chat
-from tokenizer import Tokenizer
+from support.data import read_files, stdlib_files
+from support.tokenizer import Tokenizer
 
 EDITS = (
     "Repeat this function, but call it `run_{n}` instead.",

@@ -16,7 +16,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sentencepiece import SentencePieceProcessor
 
-from checkpoint import read_json
+from support.checkpoint import read_json
 
 GUARD = "\ufdd0"  # a code that is no character: breaks up special tokens that a user wrote
 ANSWER = "\ufdd1"  # another: stands for an answer, to see what the template puts after it

@@ -28,11 +28,19 @@ from torch.export import Dim
 
 from cache import KVQCache
 from decode import check_request, new_cache
-from exact import MAX_ROWS, PackedAttention, PackedMLP, auto_dtype
+from exact import BLOCK_ROWS as ROWS
+from exact import (
+    MAX_ROWS,
+    PackedAttention,
+    PackedMLP,
+    auto_dtype,
+    block_mask,
+    blocks,
+    padded_attention,
+)
 from extras.products import faster_products
 from model import Layer, Llama
 
-ROWS = 8  # of a pass
 OPTIONS = {
     "freezing": True,
     "max_autotune": True,
@@ -65,7 +73,7 @@ class Layers(nn.Module):
 
     def __init__(self, layers: Any):
         super().__init__()
-        self.layers = nn.ModuleList(map(joined_layer, layers))
+        self.layers: Any = nn.ModuleList(map(joined_layer, layers))
 
     def forward(
         self,
@@ -77,23 +85,14 @@ class Layers(nn.Module):
         keys: list[Tensor],
         values: list[Tensor],
     ) -> Tensor:
-        size = view.shape[0]
-        later = torch.arange(size) > positions[:, None]
-        mask = view.masked_fill(later, float("-inf"))
-        alone = int(len(keys[0]) == 1)  # one more row: see exact.RowAttention
-        mask = F.pad(mask, (0, 0, 0, alone))[:, None, None]  # (T + alone, 1, 1, S)
+        size, a = view.shape[0], self.layers[0].self_attn
+        mask = block_mask(positions, size, a.n_heads // a.n_kv_heads, ROWS, h.dtype)
         for layer, all_k, all_v in zip(self.layers, keys, values):
 
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 all_k.index_copy_(1, positions, k.transpose(0, 1))
                 all_v.index_copy_(1, positions, v.transpose(0, 1))
-                (rows, heads, _), groups = q.shape, k.shape[1]
-                # As there, rows are a batch, and heads come in eights.
-                more = 0, 0, 0, -(heads // groups) % 8, 0, 0, 0, alone
-                q = F.pad(q.unflatten(1, (groups, -1)), more)
-                k, v = (x[:, :size].expand(rows + alone, -1, -1, -1) for x in (all_k, all_v))
-                mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-                return mixed[:rows, :, : heads // groups].flatten(1, 2)
+                return padded_attention(q, all_k[:, :size], all_v[:, :size], mask, ROWS)
 
             h = layer(h, cos, sin, attend)
         return h
@@ -130,7 +129,7 @@ class Graphs:
         c, rows, length = model.config, {0: Dim("rows", min=1, max=ROWS)}, {1: Dim("max_len")}
         folder = Path(cache_dir()) / "layerskip" / fingerprint(model)
         folder.mkdir(parents=True, exist_ok=True)
-        cache = new_cache(c, 128, 1, model.dtype, model.device)
+        cache = new_cache(model, 128, 1)
         h = torch.zeros(2, c.dim, dtype=model.dtype)
         self.known = WeakKeyDictionary[KVQCache, tuple]()
         places, zeros, keys, values = self.inputs(cache)
@@ -139,9 +138,9 @@ class Graphs:
             store = keys[first:last], values[first:last]
             inputs = (h, *(x[:2] for x in places), zeros[:64], *store)
             dynamic = (*[rows] * 4, {0: Dim("view")}, *[[length] * (last - first)] * 2)
-            module, name = Layers(model.model.layers[first:last]), f"layers {first} to {last}"
+            module, name = Layers(model.layers[first:last]), f"layers {first} to {last}"
             self.layers[first] = make_graph(folder / f"{name}.pt2", module, inputs, dynamic)
-        head = nn.Sequential(model.model.norm, model.lm_head)
+        head = nn.Sequential(model.norm, model.lm_head)
         self.head = make_graph(folder / "the head.pt2", head, (h,), (rows,))
 
     def inputs(self, cache: KVQCache) -> tuple:
@@ -162,14 +161,12 @@ class Graphs:
         if not {first, last} <= {*self.cuts}:
             raise ValueError(f"no graph begins and ends at {first} and {last}, only at {self.cuts}")
         (places, zeros, keys, values), out = self.inputs(cache), []
-        while len(h):  # parts that see one length of view
-            view = cache.view_len(start + 1)
-            rows = min(ROWS, len(h), view - start)
-            part, inputs = h[:rows], [*(x[start : start + rows] for x in places), zeros[:view]]
+        for begin, end, view in blocks(start, len(h), ROWS):
+            at = slice(start + begin, start + end)
+            part, inputs = h[begin:end], [*(x[at] for x in places), zeros[:view]]
             for a, b in pairwise(c for c in self.cuts if first <= c <= last):
                 (part,) = self.layers[a]([part, *inputs, *keys[a:b], *values[a:b]])
             out.append(part)
-            h, start = h[rows:], start + rows
         return torch.cat(out)
 
     def unembed(self, h: Tensor) -> Tensor:
@@ -204,7 +201,7 @@ def compile_model(model: Llama, exit_layer: int = 0) -> Llama:
     check_request(c, [0], exit_layer, 1, 1)
     graphs = Graphs(model, sorted({0, exit_layer, c.n_layers}))
     x = torch.arange(MAX_ROWS * c.dim).sin().view(MAX_ROWS, -1).to(model.dtype)
-    cache = new_cache(c, MAX_ROWS, 1, model.dtype, model.device)
+    cache = new_cache(model, MAX_ROWS, 1)
 
     def logits(first: int, rows: int) -> Tensor:
         h = graphs.run_layers(x[first : first + rows], 0, c.n_layers, cache, first)

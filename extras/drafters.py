@@ -1,39 +1,28 @@
 """Other drafters than the model's own first layers. Whoever drafts, the text is the full model's.
 
-decode.generate calls these methods, and says what E is:
-
-    draft(tokens, limit, pick) -> (guesses, E)    at most `limit` guesses
-    verified(tokens, emitted, logits, pick)       if there: after each verification
+Each is a class like decode.NoDraft. DRAFTERS at the end has their names on the command line.
 """
 
 import re
 from collections.abc import Callable, Collection
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import decode
 from cache import KVQCache
-from decode import Pick, new_cache
-from exact import MAX_ROWS, RowLinear, pack
+from decode import EarlyExit, NoDraft, Pick, new_cache
+from exact import MAX_ROWS, pack
 from model import Llama, load_checkpoint, prefill
 
-POSSIBLE = "exit, lookup, lookup+exit, jacobi, model:DIR, kangaroo:DIR or skip:attn:3,4,mlp:7"
 run_draft: Callable[..., list[int]] = decode.draft  # also for what is like a model
 
 
-class Drafter:
-    """Made with the verifier's model and cache, and with what ends a draft."""
-
-    def __init__(
-        self, model: Llama, cache: KVQCache, min_confidence: float = 0.0, eos: Collection[int] = ()
-    ):
-        self.model, self.cache, self.stop = model, cache, (min_confidence, eos)
-
-
-class TwoModels(Drafter):
+class TwoModels(NoDraft):
     """A smaller model with a cache of its own (speculative decoding, arXiv 2211.17192, 2302.01318).
 
     Raises ValueError where the vocabularies differ in size.
@@ -44,7 +33,7 @@ class TwoModels(Drafter):
         c, size = other.config, self.model.config.vocab_size
         if c.vocab_size != size:
             raise ValueError(f"the draft model must have {size} tokens too, not {c.vocab_size}")
-        self.own = new_cache(c, self.cache.max_len, MAX_ROWS - 1, other.dtype, other.device)
+        self.own = new_cache(other, self.cache.max_len, MAX_ROWS - 1)
         self.other = other
 
     def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
@@ -52,11 +41,11 @@ class TwoModels(Drafter):
         prefill(self.other, self.own, tokens[self.own.length : -1])
         layers = self.other.config.n_layers
         guesses = run_draft(self.other, self.own, tokens[-1], limit, pick, layers, *self.stop)
-        self.own.accept(len(guesses) + 1)
+        self.own.commit(len(guesses) + 1)
         return guesses, 0
 
 
-class SkipLayers(Drafter):
+class SkipLayers(NoDraft):
     """The model without some of its attention and MLP sublayers (Draft & Verify, arXiv 2309.08168).
 
     The verifier writes over what the draft leaves in the cache. Raises ValueError for a layer that
@@ -79,7 +68,7 @@ class SkipLayers(Drafter):
         rotary = self.model.rotary(start, len(h))
         attend = self.model.row_attention(cache, start, len(h))
         for l in range(first, last):
-            layer = self.model.model.layers[l]
+            layer = self.model.layers[l]
             if l not in self.attention:
                 h = h + layer.self_attn(layer.input_layernorm(h), *rotary, partial(attend, l))
             if l not in self.mlp:
@@ -98,7 +87,7 @@ def search_skips(
     tokens for d c + 1 passes, at the best d. on_try is told each try's number.
     """
     layers, random = model.config.n_layers, torch.Generator().manual_seed(0)
-    cache = new_cache(model.config, tokens.shape[1], 0, model.dtype, model.device)
+    cache = new_cache(model, tokens.shape[1], 0)
     full = model(tokens).argmax(-1)
 
     def split(skipped: set[int]) -> tuple[set[int], set[int]]:
@@ -124,7 +113,7 @@ def search_skips(
     return *split(best), most[1]
 
 
-class PromptLookup(Drafter):
+class PromptLookup(NoDraft):
     """Copies what followed when the latest 3 tokens came last, or else the latest 2, or 1."""
 
     lengths: tuple[int, ...] = (3, 2, 1)
@@ -147,33 +136,18 @@ class PromptLookup(Drafter):
         return [], 0
 
 
-class EarlyExit(Drafter):
-    """decode.draft as a drafter: the model's first layers. `head` may be one for fewer tokens."""
-
-    def __init__(self, *context: Any, exit_layer: int, head: Callable | None = None):
-        super().__init__(*context)
-        model, self.exit_layer = self.model, exit_layer
-        self.embed, self.run_layers, self.unembed = model.embed, model.run_layers, model.unembed
-        if head:
-            self.unembed = lambda h: head(model.model.norm(h))
-
-    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
-        e = self.exit_layer
-        return run_draft(self, self.cache, tokens[-1], limit, pick, e, *self.stop), e
-
-
-class LookupExit(Drafter):
+class LookupExit(NoDraft):
     """PromptLookup of 3 tokens while its copies hold, else EarlyExit.
 
-    Copies are looked at in every round, used or not. Of both ways a running mean of the tokens for
-    each layer that ran is kept, and copies are used while theirs is not the smaller.
+    Copies are looked at in every round, used or not. Tracks tokens per layer run for both; copies
+    while copying is at least as good.
     """
 
-    def __init__(self, *context: Any, exit_layer: int, head: Callable | None = None):
+    def __init__(self, *context: Any, exit_layer: int):
         super().__init__(*context)
         self.lookup, self.copy = PromptLookup(*context), list[int]()
         self.lookup.lengths = (3,)
-        self.exit = EarlyExit(*context, exit_layer=exit_layer, head=head)
+        self.exit = EarlyExit(*context, exit_layer=exit_layer)
         self.layers = self.model.config.n_layers
         self.copied, self.foreseen = float(MAX_ROWS), 2 / self.layers  # tokens a layer
 
@@ -194,7 +168,7 @@ class LookupExit(Drafter):
             self.foreseen += (len(emitted) / ran - self.foreseen) / 8
 
 
-class Jacobi(Drafter):
+class Jacobi(NoDraft):
     """The verifier's words beyond the first wrong guess are the next guesses (arXiv 2305.10427)."""
 
     guesses: tuple[int, ...] = ()
@@ -207,47 +181,76 @@ class Jacobi(Drafter):
         self.guesses = tuple(pick(logits[row], len(tokens) + row) for row in rows)
 
 
-def parse_drafter(
-    text: str, model: Llama, exit_layer: int = 1, draft_vocab: int | None = None
-) -> dict:
+# --------------------------------------
+# Names on the command line
+
+
+def two_models(folder: str, model: Llama, exit_layer: int) -> dict:
+    other = load_checkpoint(folder, model.dtype, model.device)
+    return dict(drafter=partial(TwoModels, other=pack(other)))
+
+
+def kangaroo(folder: str, model: Llama, exit_layer: int) -> dict:
+    from extras.kangaroo import Kangaroo, load_adapter
+
+    adapter = load_adapter(folder, model)
+    settings = dict(exit_layer=adapter.exit_layer, draft_len=6, min_confidence=0.6)
+    return settings | dict(drafter=partial(Kangaroo, adapter=adapter))
+
+
+def skip_layers(text: str, model: Llama, exit_layer: int) -> dict:
+    part, skipped = "(attn|mlp):([0-9]+(?:,[0-9]+)*)", dict(attn=set[int](), mlp=set[int]())
+    if not re.fullmatch(f"{part}(,{part})*", text):
+        raise ValueError(f"--drafter skip takes sublayers such as attn:3,4,mlp:7, not {text!r:.40}")
+    for sublayer, layers in re.findall(part, text):
+        skipped[sublayer] |= set(map(int, layers.split(",")))
+    return dict(drafter=partial(SkipLayers, attention=skipped["attn"], mlp=skipped["mlp"]))
+
+
+def ones_own(text: str) -> dict:
+    """FILE.py:Class. Raises ValueError where there is no such class."""
+    file, _, name = text.rpartition(":")
+    if not Path(file).is_file() or not (spec := spec_from_file_location("ones_own", file)):
+        raise ValueError(f"--drafter {text:.80}: there is no such Python file")
+    module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+        return dict(drafter=getattr(module, name))
+    except Exception as error:  # a program, which may fail in any way
+        raise ValueError(f"--drafter {text:.80}: {error}") from None
+
+
+# What stands before the colon: the form of the option, and what gives generate's settings for it,
+# made of what follows the colon, the plain model, and the exit layer of the command line.
+DRAFTERS: dict[str, tuple[str, Callable[[str, Llama, int], dict]]] = {
+    "exit": ("exit", lambda _, model, e: dict(exit_layer=e, drafter=None)),
+    "lookup": ("lookup", lambda *_: dict(drafter=PromptLookup)),
+    "lookup+exit": (
+        "lookup+exit",
+        lambda _, model, e: dict(exit_layer=e, drafter=partial(LookupExit, exit_layer=e)),
+    ),
+    "jacobi": ("jacobi", lambda *_: dict(drafter=Jacobi)),
+    "model": ("model:DIR", two_models),
+    "kangaroo": ("kangaroo:DIR", kangaroo),
+    "skip": ("skip:attn:3,4,mlp:7", skip_layers),
+}
+FORMS = ", ".join(form for form, _ in DRAFTERS.values()) + " or FILE.py:Class"
+
+
+def parse_drafter(text: str, model: Llama, exit_layer: int = 1) -> dict:
     """generate's settings for --drafter: drafter, exit_layer, and Kangaroo's two others.
 
-    exit_layer and draft_vocab are of exit and lookup+exit. With draft_vocab N, drafts read the
-    first N rows of the head alone (FR-Spec, arXiv 2502.14856). The model is not packed yet. Raises
-    ValueError, one line, for another text, and for a drafter that does not fit the model.
+    exit_layer is for drafters that use an exit. The model is not packed yet. Raises ValueError for
+    another text, and for a drafter that does not fit the model.
     """
-    from extras.kangaroo import Kangaroo, load_adapter  # which imports Drafter
-
-    (name, _, rest), part = text.partition(":"), "(attn|mlp):([0-9]+(?:,[0-9]+)*)"
-    drafter: Callable[..., Drafter]
-    settings: dict = dict(exit_layer=0)
-    if draft_vocab is not None and text not in ("exit", "lookup+exit"):
-        raise ValueError("--draft-vocab is for drafts of an exit: leave it out")
-    if text in ("exit", "lookup+exit"):
-        head, size = None, model.config.vocab_size
-        if draft_vocab is not None:
-            if not 1 <= draft_vocab <= size:
-                raise ValueError(f"--draft-vocab must be from 1 to {size}, not {draft_vocab}")
-            first = nn.Linear(model.config.dim, draft_vocab, bias=False, device="meta")
-            first.weight = nn.Parameter(model.lm_head.weight[:draft_vocab], requires_grad=False)
-            head = RowLinear({}, first)
-        kind = EarlyExit if text == "exit" else LookupExit
-        drafter = partial(kind, exit_layer=exit_layer, head=head)
-        settings = dict(exit_layer=exit_layer)
-    elif text in ("lookup", "jacobi"):
-        drafter = PromptLookup if text == "lookup" else Jacobi
-    elif name == "model" and rest:
-        drafter = partial(TwoModels, other=pack(load_checkpoint(rest, model.dtype, model.device)))
-    elif name == "kangaroo" and rest:
-        adapter = load_adapter(rest, model)
-        drafter = partial(Kangaroo, adapter=adapter)
-        settings = dict(exit_layer=adapter.exit_layer, draft_len=6, min_confidence=0.6)
-    elif name == "skip" and re.fullmatch(f"{part}(,{part})*", rest):
-        skipped: dict[str, set[int]] = dict(attn=set(), mlp=set())
-        for sublayer, layers in re.findall(part, rest):
-            skipped[sublayer] |= set(map(int, layers.split(",")))
-        drafter = partial(SkipLayers, attention=skipped["attn"], mlp=skipped["mlp"])
+    name, _, rest = text.partition(":")
+    form, make = DRAFTERS.get(name, ("", None))
+    if make and (text == form or (rest and ":" in form)):
+        settings = dict(exit_layer=0) | make(rest, model, exit_layer)
+    elif ".py:" in text:
+        settings = dict(exit_layer=0) | ones_own(text)
     else:
-        raise ValueError(f"--drafter must be {POSSIBLE}, not {text!r:.40}")
-    drafter(model, new_cache(model.config, 1, 1, model.dtype, model.device))  # raises if it must
-    return settings | dict(drafter=drafter)
+        raise ValueError(f"--drafter must be {FORMS}, not {text!r:.40}")
+    if settings["drafter"]:
+        settings["drafter"](model, new_cache(model, 1, 1))  # raises if it must
+    return settings

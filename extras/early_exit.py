@@ -13,10 +13,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from command import BLUE, GREEN, Show, command_errors
 from decode import check_request, new_cache, next_token
 from extras.trace import parser, start
 from model import Llama, prefill
+from support.console import BLUE, GREEN, Show, command_errors
 
 
 def keep_layers(model: Llama, layers: Iterable[int]) -> Llama:
@@ -24,11 +24,11 @@ def keep_layers(model: Llama, layers: Iterable[int]) -> Llama:
 
     The modules are the model's own: packing one of the two packs layers of both.
     """
-    kept = nn.ModuleList(model.model.layers[l] for l in layers)
+    kept = nn.ModuleList(model.layers[l] for l in layers)
     with torch.device("meta"):
         thin = Llama(replace(model.config, n_layers=len(kept)))
-    thin.model.layers = kept
-    thin.model.embed_tokens, thin.model.norm = model.model.embed_tokens, model.model.norm
+    thin.layers = kept
+    thin.embed_tokens, thin.norm = model.embed_tokens, model.norm
     del thin.lm_head  # a packed head is no module, and could not replace one
     thin.lm_head, thin.row_attention = model.lm_head, model.row_attention
     return thin.train(model.training)
@@ -51,7 +51,7 @@ def generate_confident(
         raise ValueError(f"the confidence must be above 0 and at most 1, not {confidence}")
     exits = [*range(max(first, 1), c.n_layers, max(1, c.n_layers // 8)), c.n_layers]
     end = min(len(tokens) + settings["max_new_tokens"], c.max_len)
-    cache = new_cache(c, end, 0, model.dtype, model.device)
+    cache = new_cache(model, end, 0)
     prefill(model, cache, tokens[:-1])
     while len(tokens) < end:
         h, depth = model.embed(torch.tensor(tokens[-1:], device=model.device)), 0
@@ -61,10 +61,10 @@ def generate_confident(
             if logits.float().softmax(-1).max() >= confidence:
                 break
         for l in range(depth, c.n_layers):
-            layer, rotary = model.model.layers[l], model.rotary(cache.length, 1)
+            layer, rotary = model.layers[l], model.rotary(cache.length, 1)
             _, k, v = layer.self_attn.project(layer.input_layernorm(h), *rotary)
             cache.write(l, cache.length, k, v)
-        cache.accept(1)
+        cache.commit(1)
         tokens.append(next_token(logits, len(tokens), settings["sampling"]))
         yield tokens[-1], depth
         if tokens[-1] in settings["eos"]:

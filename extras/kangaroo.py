@@ -9,7 +9,6 @@ This is for a *plain* checkpoint, in place of LayerSkip training.
 import argparse
 import math
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from checkpoint import CheckpointError, whole_file
-from command import DEFAULT_CKPT, command_errors, load
-from data import read_corpus, write_tokens
-from decode import Pick, new_cache
+from cache import KVQCache
+from decode import NoDraft, Pick
 from exact import auto_dtype
-from extras.drafters import Drafter, run_draft
+from extras.drafters import run_draft
 from model import PREFILL_ROWS, Attend, Attention, Config, Llama, RMSNorm, causal_attention
+from support.checkpoint import CheckpointError, whole_file
+from support.console import DEFAULT_CKPT, command_errors, load
+from support.data import read_corpus, write_tokens
 
 
 class Adapter(nn.Module):
@@ -43,7 +43,7 @@ class Adapter(nn.Module):
         return self.norm(h + self.self_attn(self.input_layernorm(h), *rotary, attend))
 
 
-class Kangaroo(Drafter):
+class Kangaroo(NoDraft):
     """Layers [0, E) of the model, shared with the verifier, then the adapter and the model's head.
 
     To decode.draft this is a model whose unembed is adapter and head, so the exit query is the
@@ -52,9 +52,10 @@ class Kangaroo(Drafter):
 
     def __init__(self, *context: Any, adapter: Adapter):
         super().__init__(*context)
-        model, one_layer = self.model, replace(self.model.config, n_layers=1)
+        model, cache, c = self.model, self.cache, self.model.config
         self.adapter, self.embed, self.run_layers = adapter, model.embed, model.run_layers
-        self.own = new_cache(one_layer, self.cache.max_len, 0, model.dtype, model.device)
+        shape = 1, c.n_kv_heads, c.head_dim, c.dim, cache.max_len, 0
+        self.own = KVQCache(*shape, model.dtype, model.device)
 
     def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
         known, exit_layer = self.cache.length, self.adapter.exit_layer
@@ -78,14 +79,14 @@ class Kangaroo(Drafter):
         """The adapter on the next rows h (T, dim); leaves their keys and values."""
         start = self.own.length
         attend = partial(self.model.row_attention(self.own, start, len(h)), 0)
-        self.own.accept(len(h))
+        self.own.commit(len(h))
         return self.adapter(h, *self.model.rotary(start, len(h)), attend=attend)
 
 
 def train_step(model: Llama, adapter: Adapter, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy () of the adapter's distribution against the full model's (section 3.1).
+    """Two scalars: cross-entropy against the full model (section 3.1), and greedy agreement.
 
-    And the share () of their greedy tokens that agree. tokens (B, T). The model is not trained.
+    tokens (B, T). The model is not trained.
     """
     with torch.no_grad():
         early = model.run_layers(model.embed(tokens), 0, adapter.exit_layer)
@@ -139,7 +140,7 @@ def train(args: argparse.Namespace) -> None:
     model.requires_grad_(False)
     adapter = Adapter(model.config, args.exit).to(device)
     with torch.no_grad():  # at first the plain exit
-        adapter.norm.weight.copy_(model.model.norm.weight)
+        adapter.norm.weight.copy_(model.norm.weight)
         adapter.self_attn.o_proj.weight.zero_()
 
     def loss_on(part: int, step: int) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,12 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from checkpoint import whole_file
-from command import command_errors
 from decode import generate, new_cache
 from exact import MAX_ROWS
 from extras.trace import parser, piece, start
 from model import PREFILL_ROWS, Llama
+from support.checkpoint import whole_file
+from support.console import command_errors
 
 SHORTEST, LONGEST = 16, 128  # tokens of a prompt that choose_exit needs and reads
 
@@ -34,7 +34,7 @@ def exits(model: Llama, tokens: list[int], prefilled: int = 0) -> tuple[Tensor, 
     With len(prompt) - 1, the last row is what generate says, near-ties included.
     """
     layers, count = model.config.n_layers, len(tokens)
-    cache = new_cache(model.config, count, 0, model.dtype, model.device)
+    cache = new_cache(model, count, 0)
     said, sure = torch.zeros(layers, count, dtype=torch.long), torch.zeros(layers, count)
     ends = [*range(0, prefilled, PREFILL_ROWS), *range(prefilled, count, MAX_ROWS), count]
     for first, end in pairwise(ends):
@@ -87,7 +87,7 @@ def choose_exit(model: Llama, prompt_ids: list[int], settings: dict) -> dict:
 def pass_seconds(model: Llama) -> Callable[[int, int], float]:
     """Seconds of a pass, as a function of its layers and rows, from three that are timed here."""
     many, half = MAX_ROWS // 2, model.config.n_layers // 2
-    cache = new_cache(model.config, many, 0, model.dtype, model.device)
+    cache = new_cache(model, many, 0)
 
     def timed(layers: int, rows: int) -> float:
         x = torch.zeros(rows, dtype=torch.long, device=model.device)

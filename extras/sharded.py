@@ -23,12 +23,12 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter as 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from checkpoint import read_json
-from runs import TrainingRun
+from support.checkpoint import read_json
+from support.runs import RunDirectory
 
 
-class ShardedRun(TrainingRun):
-    """runs.TrainingRun for this process of several."""
+class ShardedRun(RunDirectory):
+    """RunDirectory for this process of several."""
 
     state = "state-shards"
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from command import command_errors
-from model import Llama, read_config, save_checkpoint
+from model import Config, Llama, save_checkpoint
+from support.checkpoint import config_fields
+from support.console import command_errors
 
 OUT = Path(__file__).parent.parent / "checkpoints" / "smollm2"
 
@@ -23,8 +24,9 @@ def convert(folder: Path, out: Path) -> None:
     (file,) = folder.glob("*.gguf")
     theirs = LlamaForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.bfloat16)
     config = theirs.config.to_dict() | dict(quantization_config=None)
-    ours = Llama(read_config(config)).to(torch.bfloat16)
-    ours.load_state_dict(theirs.state_dict())
+    ours = Llama(Config(**config_fields(config))).to(torch.bfloat16)
+    weights = theirs.state_dict().items()
+    ours.load_state_dict({name.removeprefix("model."): w for name, w in weights})
     AutoTokenizer.from_pretrained(folder, gguf_file=file.name).save_pretrained(out)
     theirs.generation_config.save_pretrained(out)
     save_checkpoint(ours, out)

@@ -1,4 +1,4 @@
-"""A generation round by round: what was drafted, accepted and rejected, and how long it took.
+"""A generation round by round: what was drafted, accepted and rejected, token by token.
 
     python -m extras.trace --prompt "def add(a, b):" --exit 6 --draft 8
     python -m extras.trace --json trace.json        also as data, for porting/check.py
@@ -13,12 +13,12 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import command
-from checkpoint import whole_file
 from decode import Round, Sampling, generate
 from exact import pack
 from model import Llama
-from tokenizer import Tokenizer, visible
+from support import console
+from support.checkpoint import whole_file
+from support.tokenizer import Tokenizer, visible
 
 
 def boxes(r: Round) -> list[tuple[str, int]]:
@@ -33,9 +33,7 @@ def boxes(r: Round) -> list[tuple[str, int]]:
 
 def line(r: Round, tokenizer: Tokenizer) -> str:
     """A round on one line, with a box for each token."""
-    times = f"draft {1e3 * r.draft_seconds:6.1f} ms  verify {1e3 * r.verify_seconds:6.1f} ms"
-    tokens = [f"[{sign}{piece(tokenizer, token)}]" for sign, token in boxes(r)]
-    return f"{times}  {' '.join(tokens)}"
+    return " ".join(f"[{sign}{piece(tokenizer, token)}]" for sign, token in boxes(r))
 
 
 def trace_json(rounds: list[Round], prompt_ids: list[int], settings: dict) -> dict:
@@ -43,11 +41,10 @@ def trace_json(rounds: list[Round], prompt_ids: list[int], settings: dict) -> di
 
     `length` is the number of live positions after a round: all known tokens but the last.
     """
-    entries, length = [], len(prompt_ids) - 1
+    entries, length, names = [], len(prompt_ids) - 1, ("drafted", "accepted", "emitted")
     for r in rounds:
         length += len(r.emitted)
-        entry = {key: value for key, value in vars(r).items() if key != "logits"}
-        entries.append(entry | dict(length=length))
+        entries.append({name: getattr(r, name) for name in names} | dict(length=length))
     repeat = {**settings, **asdict(settings["sampling"])}
     del repeat["sampling"]
     case = dict(name="trace", prompt=prompt_ids, settings=repeat, rounds=entries)
@@ -65,8 +62,8 @@ def parser(name: str, about: str, max_new_tokens: int) -> argparse.ArgumentParse
     """The options that the commands share."""
     p = argparse.ArgumentParser(prog=f"python -m extras.{name}", description=about)
     add = p.add_argument
-    add("--ckpt", type=Path, default=command.DEFAULT_CKPT, metavar="DIR", help="checkpoint")
-    add("--prompt", default=command.DEFAULT_PROMPT, help="text to go on from")
+    add("--ckpt", type=Path, default=console.DEFAULT_CKPT, metavar="DIR", help="checkpoint")
+    add("--prompt", default=console.DEFAULT_PROMPT, help="text to go on from")
     add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help="%(default)s")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     add("--seed", type=int, default=0, help="of sampling")
@@ -78,8 +75,8 @@ def start(args: argparse.Namespace) -> tuple[Llama, Tokenizer, list[int], dict]:
 
     Raises ValueError, one line, on what cannot be used.
     """
-    model, tokenizer = command.load(args.ckpt)
-    settings = command.default_settings(args.ckpt, model.config, tokenizer)
+    model, tokenizer = console.load(args.ckpt)
+    settings = console.default_settings(args.ckpt, model.config, tokenizer)
     settings["max_new_tokens"] = args.max_new_tokens
     settings["sampling"] = Sampling(args.temperature, seed=args.seed)
     settings |= {k: v for k, v in vars(args).items() if k in settings and v is not None}
@@ -95,11 +92,11 @@ def main() -> None:
     add("--json", type=Path, metavar="FILE", help="write the rounds as data, too")
     args = p.parse_args()
     wanted = whole_file(args.json) if args.json else nullcontext()
-    with command.command_errors(p.prog), wanted as file:
+    with console.command_errors(p.prog), wanted as file:
         model, tokenizer, ids, settings = start(args)
         print("✓ accepted, ✗ rejected, - not looked at; + the verifier's own", file=sys.stderr)
         rounds = generate(model, ids, **settings)
-        result = command.run(rounds, lambda r: print(line(r, tokenizer)))
+        result = console.collect(rounds, lambda r: print(line(r, tokenizer)))
         print(result.summary(), file=sys.stderr)
         if file:
             file.write(json.dumps(trace_json(result.rounds, ids, settings)).encode() + b"\n")

@@ -29,10 +29,10 @@ sys.path.insert(0, str(PORTING.parent))
 
 from check import GOLDEN, TOLERANCE, error
 
-from checkpoint import whole_file
-from command import command_errors
 from decode import Sampling, accept, draft, gumbel, keep_likely, new_cache, next_token, verify
 from model import Llama, load_checkpoint, prefill
+from support.checkpoint import whole_file
+from support.console import command_errors
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 MARGIN = 0.02  # in logits, and a tenth of it in probability
@@ -98,7 +98,7 @@ def decode(model: Llama, prompt: list[int], s: dict) -> tuple[list[dict], Vector
         return pick(logits, position)
 
     end = min(len(prompt) + s["max_new_tokens"], c.max_len)
-    cache = new_cache(c, end, s["draft_len"], model.dtype, model.device)
+    cache = new_cache(model, end, s["draft_len"])
     found: dict[str, list] = {"logits": [], "exit_queries": [], "layer_runs": []}
     prefill(model, cache, prompt[:-1])
     while len(tokens) < end and not (rounds and tokens[-1] in eos):
@@ -112,7 +112,7 @@ def decode(model: Llama, prompt: list[int], s: dict) -> tuple[list[dict], Vector
         margins += [margin(row, n + i, sampling) for i, row in enumerate(logits)]
         emitted = accept(guesses, logits, n, pick, eos)
         start, accepted = cache.length, sum(a == b for a, b in zip(guesses, emitted))
-        cache.accept(len(emitted))
+        cache.commit(len(emitted))
         tokens += emitted
         r = dict(drafted=guesses, accepted=accepted, emitted=emitted)
         rounds.append(r | dict(start=start, length=cache.length))

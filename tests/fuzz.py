@@ -35,10 +35,10 @@ from test_loading import meta_config, split_by_index, write_meta
 from test_tokenizer import byte_level, ours
 
 import train
-from command import default_settings, load
 from decode import generate
 from model import save_checkpoint
-from runs import TrainingRun
+from support.console import default_settings, load
+from support.runs import TrainingRun
 
 CASES = 5000
 HEADERS = ("model.safetensors", "state.safetensors")  # the files whose headers are gone through

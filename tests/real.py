@@ -26,7 +26,6 @@ import transformers
 from load_1b import LOAD, READ, figures
 
 from bench.tasks import held_out_prompts
-from data import read_files, stdlib_files
 from decode import Sampling, generate
 from exact import pack
 from extras.chat import Chat
@@ -34,7 +33,8 @@ from extras.compiled import compile_model
 from extras.drafters import parse_drafter
 from extras.kangaroo import Adapter, save_adapter
 from model import Llama, load_checkpoint, save_checkpoint
-from tokenizer import Stream, Tokenizer
+from support.data import read_files, stdlib_files
+from support.tokenizer import Stream, Tokenizer
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from bench.tasks import held_out_prompts
-from command import DEFAULT_CKPT, DTYPES, command_errors, load
 from decode import Sampling, generate
 from exact import MAX_ROWS, pack
 from model import Llama
+from support.console import DEFAULT_CKPT, DTYPES, command_errors, load
 
 
 def soak(model: Llama, prompts: list[list[int]], count: int, sampled: bool, seed: int) -> Counter:

@@ -13,11 +13,11 @@ from helpers import tiny_config, tiny_model
 
 from bench import __main__ as bench
 from bench import common, decoding, engine, peers, tasks
-from command import Run
-from data import Document
 from decode import Round, new_cache
 from model import Llama, rotate, save_checkpoint
-from tokenizer import Tokenizer
+from support.console import Run
+from support.data import Document
+from support.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import data
 import pytest
 import torch
 from conftest import ROOT
 from helpers import reference_decode, tiny_config, tiny_model
 from test_tokenizer import byte_level
 
-import data
 import decode
 from decode import Round, Sampling
 from extras import kangaroo, lens
 from model import load_checkpoint, save_checkpoint
-from tokenizer import Tokenizer, visible
+from support.tokenizer import Tokenizer, visible
 
 PROMPT = "def f(x):"
 SHORT = ["--prompt", PROMPT, "--max-new-tokens", "30"]

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from checkpoint import CheckpointError
 from decode import Sampling, generate, new_cache
 from exact import RowLinear, pack
 from extras import kangaroo
@@ -30,6 +29,7 @@ from extras.drafters import (
 from extras.early_exit import keep_layers
 from extras.kangaroo import Adapter, Kangaroo, load_adapter, save_adapter, train_step
 from model import save_checkpoint
+from support.checkpoint import CheckpointError
 
 TEMPERATURES = pytest.mark.parametrize("temperature", [0.0, 1.0])
 

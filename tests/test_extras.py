@@ -9,7 +9,6 @@ import torch
 from helpers import tiny_config, tiny_model
 from matplotlib.figure import Figure
 
-from command import load
 from decode import Round, Sampling, generate, new_cache, next_token
 from exact import RowAttention, pack
 from extras import early_exit, lens, trace
@@ -18,6 +17,7 @@ from extras.lens import choose_exit, draw, exits, layers_needed
 from extras.trace import boxes, piece, trace_json
 from model import load_checkpoint, save_checkpoint
 from porting import check
+from support.console import load
 
 COMMANDS = dict(trace=trace, lens=lens, early_exit=early_exit)
 PROMPT = ["--prompt", "def f(x):"]

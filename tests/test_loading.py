@@ -15,16 +15,6 @@ from hypothesis import strategies as st
 from oracle import oracle_logits
 from safetensors.torch import load_file, save_file
 
-from checkpoint import (
-    META_NAMES,
-    CheckpointError,
-    Stored,
-    generation_config,
-    parse_object,
-    read_checkpoint,
-    read_json,
-    whole_file,
-)
 from decode import generate
 from model import (
     Config,
@@ -33,6 +23,16 @@ from model import (
     rotary_frequencies,
     rotate,
     save_checkpoint,
+)
+from support.checkpoint import (
+    META_NAMES,
+    CheckpointError,
+    Stored,
+    generation_config,
+    parse_object,
+    read_checkpoint,
+    read_json,
+    whole_file,
 )
 
 TO_META = {hf.removeprefix("model."): meta for meta, hf in META_NAMES.items()}

@@ -13,7 +13,6 @@ from oracle import oracle_logits
 from safetensors import safe_open
 
 from cache import VIEW, KVQCache
-from checkpoint import CheckpointError, parse_object
 from decode import generate, new_cache
 from exact import pack
 from extras.early_exit import keep_layers
@@ -27,6 +26,7 @@ from model import (
     save_checkpoint,
     write_config,
 )
+from support.checkpoint import CheckpointError, parse_object
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float64: 1e-12}

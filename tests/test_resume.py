@@ -15,14 +15,14 @@ from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 
+import data
 import pytest
 import torch
 from helpers import config_option
 from safetensors.torch import load_file
 
-import data
-import runs
 import train
+from support import runs
 
 PROCESSES = get_context("forkserver")
 PROCESSES.set_forkserver_preload(["train"])  # imports once; every run is still a process of its own

@@ -10,7 +10,7 @@ from bench.tasks import held_out_prompts
 from decode import Sampling, generate
 from exact import pack
 from model import load_checkpoint
-from tokenizer import Tokenizer
+from support.tokenizer import Tokenizer
 
 # exit layer, draft length, confidence
 SETTINGS = [(2, 5, 0.3), (3, 15, 0.3), (4, 4, 0.0), (6, 3, 0.5), (8, 6, 0.0)]

@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import data
 import pytest
 import tokenizers
 from hypothesis import given
@@ -12,8 +13,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-import data
-from tokenizer import Stream, Tokenizer, visible
+from support.tokenizer import Stream, Tokenizer, visible
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it all day long\n" * 50
 

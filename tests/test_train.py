@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 
+import data
 import numpy as np
 import pytest
 import torch
@@ -14,12 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import data
-import runs
 import train
 from exact import pack
 from model import load_checkpoint
-from tokenizer import Tokenizer
+from support import runs
+from support.tokenizer import Tokenizer
 from train import LAYERSKIP, RECIPES, Recipe
 
 SMALL = dict(n_layers=3, dim=32, hidden_dim=48, n_heads=2, n_kv_heads=1, head_dim=16)

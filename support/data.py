@@ -20,7 +20,7 @@ import torch
 from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
-from tokenizer import Tokenizer
+from support.tokenizer import Tokenizer
 
 HELD_OUT = 0.04  # share of documents that training never sees
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3"}

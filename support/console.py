@@ -3,29 +3,24 @@
 Text goes to stdout, what is said about it to stderr; colours only to a terminal.
 """
 
-import json
 import os
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 
-from checkpoint import CheckpointError, generation_config
+from decode import Round
 from exact import MAX_ROWS, auto_dtype
 from model import Config, Llama, load_checkpoint
-from tokenizer import Stream, Tokenizer, visible
+from support.checkpoint import CheckpointError, generation_config
+from support.tokenizer import Stream, Tokenizer, visible
 
-if TYPE_CHECKING:
-    from decode import Round
-
-DEFAULT_CKPT = Path(__file__).parent / "checkpoints" / "pystdlib"
+DEFAULT_CKPT = Path(__file__).parents[1] / "checkpoints" / "pystdlib"
 DEFAULT_PROMPT = '''class Stack:
     """A last-in, first-out stack."""
 
@@ -117,16 +112,22 @@ def default_settings(ckpt: Path, config: Config, tokenizer: Tokenizer) -> dict:
 
 
 @dataclass
-class Run:
-    """Totals over the rounds of one generation."""
+class Totals:
+    """What the rounds of one or several generations add up to."""
 
     ids: list[int] = field(default_factory=list)
-    rounds: list["Round"] = field(default_factory=list)
-    seconds: float = 0.0
+    rounds: list[Round] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # seconds of each round
+    starts: list[int] = field(default_factory=list)  # rounds whose time is also that of a prompt
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of generation, prefill included."""
+        return sum(self.times)
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens per second of generation, prefill included."""
+        """New tokens per second of generation."""
         return len(self.ids) / max(self.seconds, 1e-9)
 
     @property
@@ -140,28 +141,27 @@ class Run:
         speed = f"{self.tokens_per_second:.0f} tokens/s"
         text = f"{len(self.ids)} tokens in {self.seconds:.2f} s: {speed}"
         if self.acceptance is not None:
-            drafting = sum(r.draft_seconds for r in self.rounds) / self.seconds
             text += f" | {self.acceptance:.0%} of the drafted tokens accepted"
             text += f" | {len(self.ids) / len(self.rounds):.2f} tokens per round"
-            text += f" | {drafting:.0%} of the time drafting"
         return text
 
 
-def run(
-    rounds: Iterator["Round"],
-    on_round: Callable[["Round"], None] | None = None,
-    into: Run | None = None,
+def collect(
+    rounds: Iterator[Round],
+    on_round: Callable[[Round], None] | None = None,
+    into: Totals | None = None,
     keep_logits: bool = False,
-) -> Run:
+) -> Totals:
     """Runs a generation to its end. on_round is called after each round; its time does not count.
 
     `into` collects the rounds, so that an interrupted caller has what was done. Logits are let go
     as rounds end, unless keep_logits.
     """
-    into = into or Run()
+    into = into or Totals()
+    into.starts.append(len(into.rounds))
     started = time.perf_counter()
     for r in rounds:
-        into.seconds += time.perf_counter() - started
+        into.times.append(time.perf_counter() - started)
         into.ids += r.emitted
         into.rounds.append(r if keep_logits else replace(r, logits=None))
         if on_round:
@@ -170,7 +170,7 @@ def run(
     return into
 
 
-def comparison(result: Run, full: Run) -> str:
+def comparison(result: Totals, full: Totals) -> str:
     """One sentence: the same tokens and logits or not, and the ratio of the speeds."""
     speedup = f"{result.tokens_per_second / full.tokens_per_second:.2f} times its speed"
     if result.ids != full.ids:
@@ -179,59 +179,6 @@ def comparison(result: Run, full: Run) -> str:
     a, b = (torch.cat([r.logits for r in x.rounds if r.logits is not None]) for x in (result, full))
     bits = ", logits equal to the last bit" if torch.equal(a, b) else ""
     return f"identical to the full model ({len(full.ids)} tokens{bits}), {speedup}"
-
-
-def complete(
-    decode: Callable[..., Iterator["Round"]],
-    tokenizer: Tokenizer,
-    settings: dict,
-    text: str,
-    ids: list[int],
-    args: Namespace,
-) -> Run:
-    """Decodes after the ids of one prompt, and reports: decode.py's --compare and --json.
-
-    decode(ids, **settings) is generate with a model.
-    """
-    full = {**settings, "exit_layer": 0, "drafter": None}
-    if args.compare:  # both once for a few tokens, so that neither is timed cold
-        for warm in (settings, full):
-            run(decode(ids, **{**warm, "max_new_tokens": 16}))
-    result, rounds = Run(), decode(ids, **settings)
-    show = None if args.json else Show(tokenizer, ids, "" if args.chat else text)
-    try:
-        run(rounds, show, result, args.compare)
-    finally:  # Ctrl-C leaves the line whole, and the statistics
-        if show and result.rounds:
-            show.finish()
-            print("\n" + result.summary(), file=sys.stderr)
-    plain = run(decode(ids, **full), keep_logits=True) if args.compare else None
-    if args.json:
-        about = {**settings, "drafter": args.drafter, "sampling": asdict(settings["sampling"])}
-        about |= dict(ckpt=str(args.ckpt), prompt=text, prompt_ids=ids, exact=not args.no_exact)
-        about |= dict(dtype=args.dtype, device=args.device)
-        print(json.dumps(as_json(result, tokenizer, about, plain)), flush=True)
-    elif plain:
-        print(f"full model: {plain.summary()}\n{comparison(result, plain)}", file=sys.stderr)
-    return result
-
-
-def as_json(result: Run, tokenizer: Tokenizer, settings: dict, full: Run | None) -> dict:
-    """The run as one object; full_ids, identical and speedup only when the full model ran too."""
-    text, names = Stream(tokenizer, settings["prompt_ids"]), ("drafted", "accepted", "emitted")
-    found = dict(
-        text=text.feed(result.ids) + text.finish(),
-        ids=result.ids,
-        rounds=[{name: getattr(r, name) for name in names} for r in result.rounds],
-        settings=settings,
-        seconds=result.seconds,
-        tokens_per_second=result.tokens_per_second,
-        acceptance=result.acceptance,
-    )
-    if full:
-        speedup = result.tokens_per_second / full.tokens_per_second
-        found |= dict(full_ids=full.ids, identical=result.ids == full.ids, speedup=speedup)
-    return found
 
 
 GREEN, BLUE, DIM, RESET = "\033[32m", "\033[94m", "\033[2m", "\033[0m"
@@ -245,7 +192,7 @@ class Show:
         self.colours = self.terminal and "NO_COLOR" not in os.environ
         self.before = text if self.terminal else ""  # not shown for a prompt that cannot run
 
-    def __call__(self, r: "Round") -> None:
+    def __call__(self, r: Round) -> None:
         for place, token in enumerate(r.emitted):
             self.put(self.stream.feed([token]), GREEN if place < r.accepted else BLUE)
 

@@ -1,7 +1,7 @@
 """The directory of a training run: its lock, its tokens, its state, its metrics.
 
 A run is one process. extras/sharded.py has the same for several, as a subclass: the methods that do
-nothing here are theirs.
+nothing here do something there.
 """
 
 import fcntl
@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -19,14 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from checkpoint import parse_object, read_json, whole_file
-from data import Tokens, read_corpus, train_tokenizer, write_tokens
-from tokenizer import Tokenizer
+from support.checkpoint import parse_object, read_json, whole_file
+from support.data import Tokens, read_corpus, train_tokenizer, write_tokens
+from support.tokenizer import Tokenizer
 
 FOREIGN = ("config.json", "params.json", "*.safetensors", "*.index.json", "tokenizer*")
 
 
-class TrainingRun:
+class RunDirectory:
     """A directory that one run trains in. Raises ValueError, one line, on what cannot be used."""
 
     rank, world, state = 0, 1, "state.safetensors"
@@ -34,7 +35,7 @@ class TrainingRun:
     def __init__(self, out: str | Path, init: str | Path | None):
         self.out, self.init = Path(out), None if init is None else Path(init)
         self.locked: IO | None = None
-        self.asked = 0  # to stop
+        self.stop_requested = 0  # to stop
 
     def lock(self) -> None:
         """Makes the directory this run's alone. Refuses one with a checkpoint that no run made."""
@@ -178,28 +179,37 @@ class TrainingRun:
         if self.rank == 0:
             print(text, end=end, file=sys.stderr, flush=True)
 
-    def progress(self, row: dict, steps: int, seconds_left: float) -> None:
-        """Says a row of metrics: on a terminal after each step, else now and then."""
-        step, terminal = row["step"], sys.stderr.isatty()
+    def start_clock(self, step: int) -> None:
+        """From now on, speed is the mean since this step."""
+        self.begun, self.started = step, time.monotonic()
+
+    def progress(self, step: int, steps: int, tokens: int, row: dict) -> None:
+        """Adds a row to the metrics, and says it: on a terminal after each step, else now and then.
+
+        tokens: those of a step.
+        """
+        per_step = (time.monotonic() - self.started) / (step - self.begun)
+        self.add_metrics({"step": step, **row, "tokens_per_second": tokens / per_step})
+        terminal = sys.stderr.isatty()
         if terminal or step % 50 == 0 or step == steps:
             bar = f"{'#' * (20 * step // steps):20} {step}/{steps}"
-            speed, left = f"{row['tokens_per_second']:,.0f} tokens/s", f"{seconds_left / 60:.0f}"
+            left = f"{(steps - step) * per_step / 60:.0f} minutes left"
             text = " ".join(f"{exit}:{loss:.2f}" for exit, loss in row["losses"].items())
             end = "" if terminal else "\n"
-            self.say(f"\r{bar}  {speed}, {left} minutes left  loss {text}", end)
+            self.say(f"\r{bar}  {tokens / per_step:,.0f} tokens/s, {left}  loss {text}", end)
 
     def watch_ctrl_c(self) -> None:
         """From now on Ctrl-C shows in stopped(). A second one ends the process at once."""
 
         def ask_to_stop(*_: object) -> None:
-            self.asked = 1
+            self.stop_requested = 1
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
         signal.signal(signal.SIGINT, ask_to_stop)
 
     def stopped(self) -> bool:
         """Whether Ctrl-C was pressed, in any process."""
-        return self.agree(self.asked) > 0
+        return self.agree(self.stop_requested) > 0
 
     # -------------------------------------------------------------------- for several processes
 

@@ -1,7 +1,12 @@
-"""Files -> a config and named tensors, from Hugging Face's layout or Meta's. Knows no Llama.
+"""Files <-> checked fields of model.Config and named tensors. Knows no Llama.
 
-Hugging Face: config.json, and model.safetensors or the shards that an index names.
-Meta: params.json, and consolidated.*.safetensors, each with a part of every tensor.
+Two layouts are read, the first is written:
+
+    Hugging Face   config.json, and model.safetensors or the shards that an index names
+    Meta           params.json, and consolidated.*.safetensors, each with a part of every tensor
+
+Everything from outside is checked here, so model.py trusts what it is given. Tensors have Hugging
+Face's names without `model.` in front: that is taken off and put on here.
 """
 
 import json
@@ -17,12 +22,13 @@ from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Size, Tensor
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 META_NAMES = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
+    "tok_embeddings": "embed_tokens",
+    "norm": "norm",
     "output": "lm_head",
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -100,6 +106,120 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
 
 
+# --------------------------------------
+# config.json <-> the fields of model.Config
+
+KEYS = {  # field: key of config.json
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "hidden_dim": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+    "bos": "bos_token_id",
+}
+ROPE_KEYS = {
+    "rope_type": "rope_type",
+    "rope_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_len": "original_max_position_embeddings",
+}
+RANGES: dict[str, tuple] = {  # bounds of fields; whole numbers where the bounds are
+    **dict.fromkeys("vocab_size dim hidden_dim n_heads n_kv_heads head_dim".split(), (1, 1 << 20)),
+    **dict.fromkeys(("max_len", "rope_original_len"), (1, 1 << 27)),
+    "n_layers": (1, 1024),
+    "norm_eps": (1e-12, 1.0),
+    "rope_theta": (1.0, 1e12),
+    **dict.fromkeys(("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor"), (1e-3, 1e6)),
+}
+
+
+def _bad(text: str) -> CheckpointError:
+    return CheckpointError("config: " + text)
+
+
+def config_fields(c: dict) -> dict:
+    """Fields of model.Config from the keys of config.json, as transformers 4 or 5 writes them.
+
+    Raises CheckpointError for what is no Llama that runs here, and for an impossible shape.
+    """
+    if c.get("model_type") != "llama":
+        raise _bad(f"model_type must be 'llama', not {c.get('model_type')!r:.40}")
+    for key in ("attention_bias", "mlp_bias", "quantization_config"):
+        if c.get(key):
+            raise _bad(f"{key} is not supported")
+    if c.get("hidden_act", "silu") != "silu":
+        raise _bad(f"hidden_act {c['hidden_act']!r:.40} is not supported, only silu")
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise _bad("the rope parameters are not a JSON object")
+    found = {name: c[key] for name, key in KEYS.items() if c.get(key) is not None}
+    for name in ("vocab_size", "dim", "hidden_dim", "n_layers", "n_heads"):
+        if name not in found:
+            raise _bad(f"{KEYS[name]} is missing")
+    if "head_dim" not in found:
+        dim, heads = found["dim"], found["n_heads"]
+        if type(dim) is not int or type(heads) is not int or heads < 1 or dim % heads:
+            raise _bad(f"hidden_size {dim!r:.40} does not divide into {heads!r:.40} heads")
+        found["head_dim"] = dim // heads
+    found["rope_type"] = kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise _bad(f"rope type {kind!r:.40} is none of default, linear and llama3")
+    found["rope_theta"] = rope.get("rope_theta", c.get("rope_theta", 10000.0))
+    wanted = {"linear": ("rope_factor",), "llama3": tuple(ROPE_KEYS)[1:]}
+    for name in wanted.get(kind, ()):
+        if ROPE_KEYS[name] not in rope:
+            raise _bad(f"rope {ROPE_KEYS[name]} is missing")
+        found[name] = rope[ROPE_KEYS[name]]
+    eos = c.get("eos_token_id")
+    found["eos"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    found = {"n_kv_heads": found["n_heads"], "norm_eps": 1e-6, "tied": False, "bos": None} | found
+    _check_ranges(found)
+    return found
+
+
+def _check_ranges(found: dict) -> None:
+    """Raises CheckpointError where a field is out of its range or does not fit another."""
+    for name in found.keys() & RANGES.keys():
+        (low, high), value = RANGES[name], found[name]
+        kinds = (int,) if isinstance(low, int) else (int, float)
+        if type(value) not in kinds or not low <= value <= high:
+            kind = "a whole number" if kinds == (int,) else "a number"
+            raise _bad(f"{name} must be {kind} from {low} to {high}, not {value!r:.40}")
+    heads, groups = found["n_heads"], found["n_kv_heads"]
+    if heads % groups:
+        raise _bad(f"{heads} heads do not divide into {groups} key/value heads")
+    if found["head_dim"] % 2:
+        raise _bad(f"head_dim must be even for rotary positions, not {found['head_dim']}")
+    low, high = (found.get(f"rope_{side}_freq_factor", side) for side in ("low", "high"))
+    if found["rope_type"] == "llama3" and low >= high:
+        raise _bad("rope low_freq_factor must be below high_freq_factor")
+    if not isinstance(found["tied"], bool):
+        raise _bad(f"tie_word_embeddings must be true or false, not {found['tied']!r:.40}")
+    for token in (*found["eos"], *(() if found["bos"] is None else (found["bos"],))):
+        if type(token) is not int or not 0 <= token < found["vocab_size"]:
+            last = found["vocab_size"] - 1
+            raise _bad(f"a special token must be from 0 to {last}, not {token!r:.40}")
+
+
+def config_json(fields: dict, dtype: torch.dtype) -> dict:
+    """The keys of a config.json that transformers 4 and 5 both read."""
+    c: dict = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    c |= {key: fields[name] for name, key in KEYS.items()}
+    c |= {"rope_theta": fields["rope_theta"], "rope_scaling": None}
+    if fields["rope_type"] != "default":
+        names = ROPE_KEYS if fields["rope_type"] == "llama3" else ("rope_type", "rope_factor")
+        c["rope_scaling"] = {ROPE_KEYS[name]: fields[name] for name in names}
+    eos = list(fields["eos"])
+    c["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else eos
+    return c | {"torch_dtype": str(dtype).removeprefix("torch.")}
+
+
 def generation_config(path: str | Path) -> dict:
     """Settings of generation_config.json, {} without one. CheckpointError if one is unusable."""
     count = lambda v, least=1: type(v) is int and v >= least  # of True, the type is bool
@@ -152,12 +272,54 @@ class Stored:
             return whole.unflatten(0, (-1, self.half_head, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def read_checkpoint(path: str | Path) -> tuple[dict, dict[str, Stored]]:
-    """The config of a directory, in the keys of config.json, and its tensors by their names.
+# --------------------------------------
+# A checkpoint directory
 
-    Raises CheckpointError when it does not hold floating-point weights in safetensors.
+
+def read_checkpoint(path: str | Path) -> tuple[dict, dict[str, Stored]]:
+    """Fields of model.Config, and the tensors by name, of a checkpoint directory.
+
+    Raises CheckpointError where it does not hold a Llama's shape and floats in safetensors.
     """
+    config, tensors = _read_files(Path(path))
+    fields = config_fields(config)
+    if fields["tied"]:
+        tensors.pop("lm_head.weight", None)
+    return fields, tensors
+
+
+def check_tensors(path: str | Path, tensors: dict, shapes: dict[str, Size]) -> None:
+    """Raises CheckpointError unless `tensors` are those of `shapes`, by name and shape."""
+    for names, what in (
+        (shapes.keys() - tensors.keys(), "lacks the tensor"),
+        (tensors.keys() - shapes.keys(), "has the unexpected tensor"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{path} {what} {min(names)}{more}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            found, wanted = tensors[name].shape, tuple(shape)
+            raise CheckpointError(f"{path}: {name} is {found}, the config says {wanted}")
+
+
+def write_checkpoint(path: str | Path, fields: dict, weights: dict[str, Tensor]) -> None:
+    """Writes config.json and model.safetensors, each whole or not at all."""
     path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    dtype = weights["embed_tokens.weight"].dtype
+    named = {
+        name if name.startswith("lm_head.") else "model." + name: w.cpu().contiguous()
+        for name, w in weights.items()
+    }
+    with whole_file(path / "model.safetensors") as file:
+        save_file(named, file.name, metadata={"format": "pt"})
+    with whole_file(path / "config.json") as file:
+        file.write(json.dumps(config_json(fields, dtype), indent=2).encode() + b"\n")
+
+
+def _read_files(path: Path) -> tuple[dict, dict[str, Stored]]:
+    """The keys of config.json and all tensors of a directory, by name, not yet checked."""
     if not os.path.isdir(path):
         raise CheckpointError(f"there is no checkpoint directory {path}")
     meta = not os.path.exists(path / "config.json") and os.path.exists(path / "params.json")
@@ -178,7 +340,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict, dict[str, Stored]]:
         kinds = {(part.shape, part.dtype) for part in parts}
         if len(kinds) > 1 or len(parts) != (len(files) if meta else 1):
             raise CheckpointError(f"{path}: the shards do not hold {name} as they should")
-    return _from_meta(config, found) if meta else (config, {n: p[0] for n, p in found.items()})
+    if meta:
+        return _from_meta(config, found)
+    return config, {name.removeprefix("model."): parts[0] for name, parts in found.items()}
 
 
 @_refusing("no checkpoint")
@@ -220,18 +384,18 @@ def _from_meta(c: dict, found: dict[str, list[Stored]]) -> tuple[dict, dict[str,
         shape = list(parts[0].shape)
         half = dim // heads // 2 if inner in ("self_attn.q_proj", "self_attn.k_proj") else 0
         # Llama 2 shards the embedding along dim, Llama 3 along the vocabulary.
-        narrow = inner == "model.embed_tokens" and shape[1:] != [dim]
+        narrow = inner == "embed_tokens" and shape[1:] != [dim]
         join = int(narrow or inner in ("self_attn.o_proj", "mlp.down_proj"))
         if len(shape) == 1:
             parts = parts[:1]  # vectors are the same in every shard
         shape[join] *= len(parts)
         files = tuple(part.files[0] for part in parts)
         tensor = Stored(name, files, tuple(shape), parts[0].dtype, join, half)
-        tensors[(f"model.{layer}" if layer else "") + inner + ".weight"] = tensor
+        tensors[(layer or "") + inner + ".weight"] = tensor
     hidden = int(float(c.get("ffn_dim_multiplier", 1)) * int(2 * 4 * dim / 3))
     config = {
         "model_type": "llama",
-        "vocab_size": tensors["model.embed_tokens.weight"].shape[0],
+        "vocab_size": tensors["embed_tokens.weight"].shape[0],
         "hidden_size": dim,
         "intermediate_size": -(-hidden // c["multiple_of"]) * c["multiple_of"],
         "num_hidden_layers": c["n_layers"],

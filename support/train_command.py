@@ -1,0 +1,202 @@
+"""The command line of train.py: options -> settings -> a run in a directory."""
+
+import argparse
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import Field, asdict, fields, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from exact import auto_dtype
+from model import Config, Llama, load_checkpoint, save_checkpoint
+from support.checkpoint import config_fields, read_json
+from support.console import command_errors
+from support.data import Tokens
+from support.runs import RunDirectory, state_tensors
+from train import (
+    LAYERSKIP,
+    RECIPES,
+    Recipe,
+    Settings,
+    Trainer,
+    evaluate,
+    exit_layers,
+    initialise,
+)
+
+SHAPE = Config(2048, 192, 384, 24, n_heads=3, n_kv_heads=1, head_dim=64, max_len=512, tied=True)
+MAY_CHANGE_ON_RESUME = {"out", "save_every", "compile", "accumulate"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    p = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train an early-exit Llama. The same command goes on with a stopped run.",
+    )
+    add = p.add_argument
+    add("--out", required=True, metavar="DIR", help="the run's checkpoint, state and metrics")
+    text = "stdlib, directories, .txt, or .jsonl with prompt and completion"
+    add("--data", nargs="+", default=["stdlib"], metavar="SRC", help=text)
+    add = p.add_mutually_exclusive_group().add_argument
+    add("--init", metavar="DIR", help="start from this checkpoint, with its shape and tokenizer")
+    text = "else a config.json with the shape (default: 24 layers of 192, 8 million weights)"
+    add("--config", metavar="FILE", help=text)
+    for f in fields(Settings):
+        add_setting(p, f, None if f.name == "bf16" else f.default)
+    has = shutil.which("c++") is not None
+    text = "compile layers and loss (default: where there is a C++ compiler)"
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=has, help=text)
+    group = p.add_argument_group("recipe (options change single settings of it)")
+    group.add_argument("--recipe", choices=RECIPES, default="layerskip", help="default %(default)s")
+    group.add_argument("--phase", choices=LAYERSKIP, help="LayerSkip's published settings")
+    for f in fields(Recipe):
+        add_setting(group, f, None)
+    return p
+
+
+def add_setting(group: argparse._ActionsContainer, f: Field, default: object) -> None:
+    """The option of a field that train.setting made."""
+    kind, choices = type(f.default), f.metadata["choices"]
+    text = f.metadata["text"] + (f" ({default})" if default is not None else "")
+    how: dict = {"type": kind, "choices": choices, "metavar": None if choices else "N"}
+    how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
+    group.add_argument("--" + f.name.replace("_", "-"), **how, default=default, help=text)
+
+
+def settings_of(args: argparse.Namespace, device: torch.device) -> Settings:
+    """The settings of the options. Raises ValueError for one out of its range."""
+    if args.bf16 is None:
+        args.bf16 = auto_dtype(device) == torch.bfloat16
+    found = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
+    for name, value in asdict(found).items():
+        least = {"lr": 1e-12, "warmup": 0, "seed": 0, "bf16": 0}.get(name, 1)
+        if not least <= value < 2**63:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must be at least {least}, not {value}")
+    return found
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe of the options. Raises ValueError for a setting out of its range."""
+    base = RECIPES[args.recipe]
+    if args.phase and args.recipe != "layerskip":
+        raise ValueError(f"--phase is a setting of --recipe layerskip, not of {args.recipe}")
+    if args.recipe == "layerskip":
+        base = LAYERSKIP[args.phase or ("continual" if args.init else "scratch")]
+    given = {name: getattr(args, name) for name in asdict(base)}
+    recipe = replace(base, **{name: value for name, value in given.items() if value is not None})
+    for name, most in (("p_max", 0.999), ("rotation", 10**6), ("e_scale", 1e6)):
+        if not 0 <= getattr(recipe, name) <= most:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must be from 0 to {most}, not {getattr(recipe, name)}")
+    return recipe
+
+
+def prepare(args: argparse.Namespace, run: RunDirectory) -> tuple[Trainer, Callable[[], None]]:
+    """The trainer of the options, at the step where the run left off, and what saves it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipe, settings = recipe_of(args), settings_of(args, device)
+    parts = run.world * settings.accumulate
+    if settings.batch % parts:
+        raise ValueError(f"--batch {settings.batch} does not divide into {parts} parts")
+    model = load_checkpoint(args.init, torch.float32).train() if args.init else None
+    config = model.config if model else SHAPE
+    if args.config:
+        config = Config(**config_fields(read_json(Path(args.config))))
+    if config.n_layers < 2:
+        raise ValueError("a model of one layer has no early exit to train")
+    exit_layers(recipe, config.n_layers)  # refuses a wrong --exits at once
+    if settings.seq > config.max_len:
+        raise ValueError(f"--seq {settings.seq} is beyond the context of {config.max_len}")
+    tokens, held_out, tokenizer = run.open(args.data, config.vocab_size)
+    if min(len(tokens), len(held_out)) <= settings.seq + 1:
+        raise ValueError(f"the data is too short for --seq {settings.seq}")
+    if model is None:
+        eos = () if tokenizer.eos is None else (tokenizer.eos,)
+        config = replace(config, vocab_size=tokenizer.vocab_size, bos=tokenizer.bos, eos=eos)
+        model = Llama(config)
+        initialise(model, settings.seed)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model")
+    trainer = Trainer(model.to(device), recipe, settings, tokens, run)
+    given: dict = {k: v if v is None else str(v) for k, v in vars(args).items()}
+    identity = {k: v for k, v in given.items() if k not in MAY_CHANGE_ON_RESUME}
+    identity |= {"recipe": asdict(recipe), "config": str(config)}  # the shape, not a file's name
+    state = state_tensors(trainer.parameters, trainer.optimizer)
+    trainer.step = run.load_state(state, identity)
+    if trainer.step:
+        run.say(f"going on from step {trainer.step} of {settings.steps}")
+    run.take_back_metrics(trainer.step)
+    count = sum(p.numel() for p in trainer.parameters.values())
+    run.say(f"{count / 1e6:.1f}M parameters, {len(tokens) / 1e6:.2f}M training tokens")
+    return trainer, partial(save, trainer, held_out, identity)
+
+
+def save(trainer: Trainer, held_out: Tokens, identity: dict) -> None:
+    """Writes the checkpoint in bfloat16, with what it is worth, then the state.
+
+    In this order a run that is killed between the two goes on from the state before. identity:
+    what a run that goes on from the state must agree with.
+    """
+    run, s, layers = trainer.run, trainer.settings, trainer.config.n_layers
+    weights = run.whole_weights(trainer.objective)
+    if run.rank == 0:
+        stored = Llama(trainer.config).to(torch.bfloat16)
+        stored.load_state_dict({k.removeprefix("llama."): v for k, v in weights.items()})
+        save_checkpoint(stored, run.out)
+        exits = [*(exit_layers(trainer.recipe, layers) or range(1, layers)), layers]
+        with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16):
+            found = evaluate(stored.float(), held_out, s.seq, exits)
+        about = dict(recipe=asdict(trainer.recipe), seed=s.seed, steps=trainer.step)
+        run.describe(about | dict(tokens=trainer.step * s.batch * s.seq, held_out=found))
+    state = state_tensors(trainer.parameters, trainer.optimizer)
+    run.save_state(state, {"step": trainer.step, "settings": identity})
+
+
+def compile(trainer: Trainer) -> None:
+    """Compiles the layers and an exit's loss, on a whole batch that trains nothing.
+
+    Graphs specialised to the first batch that a resumed run meets could make it differ from an
+    uninterrupted one.
+    """
+    s, layers, objective = trainer.settings, trainer.config.n_layers, trainer.objective
+    varies = trainer.recipe.p_max > 0 and trainer.recipe.dropout_unit == "sample"
+    for layer in objective.llama.layers:
+        layer.compile(dynamic=varies)
+    objective.exit_loss = torch.compile(objective.exit_loss)  # type: ignore[method-assign]
+    batch = s.batch // trainer.run.world // s.accumulate
+    tokens = torch.zeros(batch, s.seq, dtype=torch.long, device=trainer.device)
+    mask, weights = np.ones((layers, batch), bool), {1: 0.5, layers: 0.5}
+    with torch.autocast(trainer.device.type, torch.bfloat16, enabled=s.bf16):
+        loss, _ = objective(tokens, tokens, mask, mask.any(1), [1.0] * layers, weights)
+    loss.backward()
+    trainer.optimizer.zero_grad(set_to_none=True)
+
+
+def main() -> None:
+    args = parser().parse_args()
+    with command_errors("train.py"):
+        kind: type[RunDirectory] = RunDirectory
+        if "RANK" in os.environ:
+            from extras.sharded import ShardedRun as kind
+        run = kind(args.out, args.init)
+        try:
+            trainer, save_now = prepare(args, run)
+            run.watch_ctrl_c()
+            if args.compile and trainer.step < args.steps:
+                compile(trainer)
+            if args.init and not trainer.step:
+                save_now()  # shows where the training begins
+            trainer.train(save_now)
+            run.say(f"\n{args.out} holds the checkpoint: python decode.py --ckpt {args.out}")
+        finally:
+            run.close()
+
+
+if __name__ == "__main__":
+    main()
