@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 .PHONY: demo lint test parity mutants soak smollm2 real gpu clean
 
 demo: .venv/ready        ## a streamed completion, and the proof that it is the full model's, faster
-	$(RUN) decode.py --compare
+	$(RUN) decode.py --compare --temperature 0.8 --top-p 0.9
 
 lint: .venv/ready        ## types and style, by settings in pyproject.toml
 	$(PIP) mypy==2.4.1 ruff==0.17.5

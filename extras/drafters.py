@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import decode
@@ -181,6 +182,72 @@ class Jacobi(NoDraft):
         self.guesses = tuple(pick(logits[row], len(tokens) + row) for row in rows)
 
 
+class Lookahead(Jacobi):
+    """A pool of n-grams from Jacobi's rejected rows guesses (after Lookahead, arXiv 2402.02057).
+
+    The pool has for a token what the verifier last said behind it, in whatever text. Lookahead
+    itself checks several n-grams at once, as branches of a tree; here there is one.
+    """
+
+    ngram = 3  # tokens of the pool's entries, after their first
+
+    def __init__(self, *context: Any):
+        super().__init__(*context)
+        self.pool, self.asked = dict[int, list[int]](), list[int]()
+
+    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
+        text = tokens[-1:]
+        while len(text) <= limit and (more := self.pool.get(text[-1])):
+            text += more
+        rest, _ = super().draft(tokens, limit, pick)
+        self.asked = [*text[1:], *rest][:limit]
+        return self.asked, 0
+
+    def verified(self, tokens: list[int], emitted: list[int], logits: Tensor, pick: Pick) -> None:
+        super().verified(tokens, emitted, logits, pick)
+        said = [*emitted, *self.guesses]  # one for each row
+        for row, token in enumerate([tokens[-1], *self.asked]):
+            if following := said[row : row + self.ngram]:
+                self.pool[token] = following
+
+
+class Window(NoDraft):
+    """The full model, looking at the first 4 and the latest positions only (arXiv 2408.11049).
+
+    On a long context a draft then reads the weights without the cache (MagicDec). The verifier
+    looks at all positions, and writes over what the draft leaves in the cache.
+    """
+
+    first = 4
+
+    def __init__(self, *context: Any, size: int):
+        super().__init__(*context)
+        self.size, self.layers = size, self.model.config.n_layers
+        self.embed, self.unembed = self.model.embed, self.model.unembed
+        if size < 1:
+            raise ValueError(f"a window must have a position or more, not {size}")
+
+    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
+        return run_draft(self, self.cache, tokens[-1], limit, pick, self.layers, *self.stop), 0
+
+    def run_layers(self, h: Tensor, first: int, last: int, cache: KVQCache, start: int) -> Tensor:
+        """Llama.run_layers for one row h (1, dim)."""
+
+        def attend(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.write(l, start, k, v)
+            keys, values = cache.read(l, start + 1)  # (Hkv, S, hd)
+            if start >= self.first + self.size:
+                ends = slice(0, self.first), slice(-self.size, None)
+                keys, values = (torch.cat([x[:, e] for e in ends], 1) for x in (keys, values))
+            q = q.transpose(0, 1)[None]
+            mixed = F.scaled_dot_product_attention(q, keys[None], values[None], enable_gqa=True)
+            return mixed[0].transpose(0, 1)
+
+        for l in range(first, last):
+            h = self.model.layers[l](h, *self.model.rotary(start, 1), partial(attend, l))
+        return h
+
+
 # --------------------------------------
 # Names on the command line
 
@@ -207,6 +274,12 @@ def skip_layers(text: str, model: Llama, exit_layer: int) -> dict:
     return dict(drafter=partial(SkipLayers, attention=skipped["attn"], mlp=skipped["mlp"]))
 
 
+def window(text: str, model: Llama, exit_layer: int) -> dict:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ValueError(f"--drafter window takes a number of positions, not {text!r:.40}")
+    return dict(drafter=partial(Window, size=int(text)))
+
+
 def ones_own(text: str) -> dict:
     """FILE.py:Class. Raises ValueError where there is no such class."""
     file, _, name = text.rpartition(":")
@@ -230,6 +303,8 @@ DRAFTERS: dict[str, tuple[str, Callable[[str, Llama, int], dict]]] = {
         lambda _, model, e: dict(exit_layer=e, drafter=partial(LookupExit, exit_layer=e)),
     ),
     "jacobi": ("jacobi", lambda *_: dict(drafter=Jacobi)),
+    "lookahead": ("lookahead", lambda *_: dict(drafter=Lookahead)),
+    "window": ("window:W", window),
     "model": ("model:DIR", two_models),
     "kangaroo": ("kangaroo:DIR", kangaroo),
     "skip": ("skip:attn:3,4,mlp:7", skip_layers),
