@@ -2,7 +2,8 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,18 @@ DRAFTERS: dict[str, Callable[[Llama, int], dict]] = {
     "lookup+exit": lambda model, e: dict(drafter=partial(LookupExit, exit_layer=e)),
     "jacobi": lambda model, e: dict(drafter=Jacobi),
 }
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Runs a block on `count` threads of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
 
 # --------------------------------------
 # Texts

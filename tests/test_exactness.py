@@ -2,7 +2,6 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
@@ -14,6 +13,7 @@ from helpers import (
     DTYPES,
     decode,
     fates,
+    on_threads,
     reference_decode,
     same_bits,
     text_of,
@@ -49,17 +49,6 @@ ORDINARY = st.just(1.0)
 def part(share):
     """A law on one in so many of the usual number of examples."""
     return settings(max_examples=max(settings().max_examples // share, 1))
-
-
-@contextmanager
-def on_threads(count):
-    """Runs a block on `count` threads of torch."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --------------------------------------
