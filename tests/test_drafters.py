@@ -3,7 +3,6 @@
 That none of them changes the text is a law of test_exactness.py.
 """
 
-import sys
 from functools import partial
 
 import pytest
@@ -29,7 +28,7 @@ from extras.drafters import (
 )
 from extras.early_exit import keep_layers
 from extras.kangaroo import Kangaroo, load_adapter, save_adapter, train_step
-from model import save_checkpoint
+from model import load_checkpoint, save_checkpoint
 from support.checkpoint import CheckpointError
 
 SAMPLINGS = pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=5)], ids=str)
@@ -73,20 +72,13 @@ def test_skipping_what_adds_nothing_is_always_right(sampling):
 @torch.inference_mode()
 def test_skipped_sublayers_are_left_out(monkeypatch):
     """By a model in which they add zero."""
-    model, x = tiny_model(dtype=torch.float64), torch.tensor([[3, 1, 4, 1, 5]])
-    skipped = [
-        part.weight.data
-        for l, layer in enumerate(model.layers)
-        for part, those in ((layer.self_attn.o_proj, (0, 2)), (layer.mlp.down_proj, (1, 2)))
-        if l in those
-    ]
-    stored = [weight.clone() for weight in skipped]
-    for weight in skipped:
-        weight.zero_()
-    expected = model(x)[0]
-    for weight, values in zip(skipped, stored):
-        weight.copy_(values)
-    thin, cache = partial(SkipLayers, attention={0, 2}, mlp={1, 2}), new_cache(model, 5, 0)
+    model, zeros = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64)
+    for l, layer in enumerate(zeros.layers):
+        layer.self_attn.o_proj.weight.data *= l not in (0, 2)
+        layer.mlp.down_proj.weight.data *= l not in (1, 2)
+    x = torch.tensor([[3, 1, 4, 1, 5]])
+    expected, cache = zeros(x)[0], new_cache(model, 5, 0)
+    thin = partial(SkipLayers, attention={0, 2}, mlp={1, 2})
     found = thin(model, cache).run_layers(model.embed(x[0]), 0, 4, cache, 0)
     torch.testing.assert_close(model.unembed(found), expected)
     seen, unembed = [], model.unembed
@@ -129,19 +121,19 @@ def test_lookup_in_a_growing_text_is_that_in_the_whole(tokens, limit):
 
 
 def test_copies_are_used_while_they_beat_the_exit(monkeypatch):
-    hybrid = LookupExit(tiny_model(), None, exit_layer=1)
+    hybrid, text = LookupExit(tiny_model(), None, exit_layer=1), [1, 2, 3, 4, 5, 1, 2, 3]
     monkeypatch.setattr(hybrid.exit, "draft", lambda *_: ([8, 8], 1))
-    text = [1, 2, 3, 4, 5, 1, 2, 3]
-    assert hybrid.draft(text[:-1], 4, None) == ([8, 8], 1), "nothing to copy"
+    exit, copy = ([8, 8], 1), ([4, 5, 1, 2], 0)
+    assert hybrid.draft(text[:-1], 4, None) == exit, "nothing to copy"
     hybrid.verified(text[:-1], [3], None, None)
-    for _ in range(40):  # copies that are wrong lose trust, and are still looked at
-        copying = hybrid.draft(text, 4, None) == ([4, 5, 1, 2], 0)
-        hybrid.verified(text, [9] if copying else [8, 8, 9], None, None)
-    assert hybrid.draft(text, 4, None) == ([8, 8], 1)
-    for _ in range(40):  # the text becomes what a copy would have been
-        copying = hybrid.draft(text, 4, None) == ([4, 5, 1, 2], 0)
-        hybrid.verified(text, [4, 5, 1, 2, 7] if copying else [4], None, None)
-    assert hybrid.draft(text, 4, None) == ([4, 5, 1, 2], 0)
+    for said, other, best in (  # after a copy, after the exit's guesses, what is best then
+        ([9], [8, 8, 9], exit),  # copies that are wrong lose trust, and are still looked at
+        ([4, 5, 1, 2, 7], [4], copy),  # the text becomes what a copy would have been
+    ):
+        for _ in range(40):
+            copying = hybrid.draft(text, 4, None) == copy
+            hybrid.verified(text, said if copying else other, None, None)
+        assert hybrid.draft(text, 4, None) == best
 
 
 def test_jacobi_guesses_what_was_said_beyond_the_correction():
@@ -382,37 +374,24 @@ def test_an_adapter_that_does_not_fit_is_one_clear_line(tmp_path):
 
 
 @pytest.fixture
-def train(shipped, tmp_path, monkeypatch, capsys):
-    """train("--steps", "9") -> exit code and stderr of the command on a small model and corpus."""
-    ckpt, corpus = tmp_path / "ckpt", tmp_path / "corpus"
-    save_checkpoint(tiny_model(tiny_config(vocab_size=2048), damp_from=2, damping=0.3), ckpt)
-    (ckpt / "tokenizer.model").write_bytes((shipped / "tokenizer.model").read_bytes())
-    corpus.mkdir()
+def train(small, tmp_path, command):
+    """train("--steps 9") -> code, out, err of the command on a small model and corpus."""
+    (tmp_path / "corpus").mkdir()
     for number in range(60):
-        (corpus / f"{number}.py").write_text("def f(x):\n    return x + 1\n\n\n" * 20)
-
-    def call(*options):
-        common = f"kangaroo --ckpt {ckpt} --data {corpus} --out {tmp_path}/out --seq 16 --batch 4"
-        monkeypatch.setattr(sys, "argv", [*common.split(), *options])
-        code = 0
-        try:
-            kangaroo.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr().err
-
-    return call
+        text = "def f(x):\n    return x + 1\n\n\n" * 20
+        (tmp_path / "corpus" / f"{number}.py").write_text(text)
+    files = f"--ckpt {small} --data {tmp_path}/corpus --out {tmp_path}/out --seq 16 --batch 4 "
+    return lambda options: command(kangaroo.main, *(files + options).split())
 
 
-def test_the_command_trains_an_adapter_that_decode_can_use(train, tmp_path):
+def test_the_command_trains_an_adapter_that_decode_can_use(train, small, tmp_path):
     losses = []
-    for steps in ("1", "80"):
-        code, said = train("--steps", steps, "--lr", "0.02")
-        assert code == 0
-        losses.append(float(said.split("held-out loss ")[-1].split(",")[0]))
+    for steps in (1, 80):
+        run = train(f"--steps {steps} --lr 0.02")
+        assert run.code == 0
+        losses.append(float(run.err.split("held-out loss ")[-1].split(",")[0]))
     assert losses[1] < losses[0]
-    model = tiny_model(tiny_config(vocab_size=2048), damp_from=2, damping=0.3)
-    settings = parse_drafter(f"kangaroo:{tmp_path}/out", model)
+    settings = parse_drafter(f"kangaroo:{tmp_path}/out", load_checkpoint(small))
     assert settings["drafter"].keywords["adapter"].exit_layer == 2
 
 
@@ -421,6 +400,6 @@ def test_the_command_trains_an_adapter_that_decode_can_use(train, tmp_path):
     ["--exit 0", "--exit 4", "--steps 0", "--lr -1", "--seq 99999", "--ckpt none", "--data none"],
 )
 def test_impossible_training_is_one_line_and_leaves_no_adapter(train, tmp_path, bad):
-    code, said = train("--steps", "2", *bad.split())
-    assert code == 2 and said.count("\n") == 1 and said.startswith("python -m extras.kangaroo: ")
+    run = train(f"--steps 2 {bad}")
+    assert run.code == 2 and run.err.count("\n") == 1 and "kangaroo: " in run.err
     assert not (tmp_path / "out" / "adapter.safetensors").exists()
