@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch
 import transformers
+from helpers import decode
 
-from decode import generate
 from exact import pack
 from model import load_checkpoint, save_checkpoint
 
@@ -131,17 +131,11 @@ def check(number: int, path: Path) -> tuple[float, float]:
 
     prompt = tokens[:1, :20]
     read = transformers.LlamaForCausalLM.from_pretrained
-    greedy = read(path / "hf", dtype=torch.float64).generate(
-        prompt,
-        attention_mask=torch.ones(1, 20),
-        max_new_tokens=32,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    how = dict(exit_layer=1, draft_len=4, max_new_tokens=32, eos=())
-    rounds = generate(pack(load_checkpoint(path / "hf")), prompt[0].tolist(), **how)
-    ids = [token for r in rounds for token in r.emitted]
+    how = dict(do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=32)
+    mask = torch.ones(1, 20)
+    greedy = read(path / "hf", dtype=torch.float64).generate(prompt, attention_mask=mask, **how)
+    drafting = pack(load_checkpoint(path / "hf"))
+    ids = decode(drafting, prompt[0].tolist(), exit_layer=1, max_new_tokens=32).ids
     assert ids == greedy[0, 20:].tolist(), f"case {number}: greedy tokens differ"
 
     save_checkpoint(model, path / "back")

@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -23,15 +24,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np
 import torch
 import transformers
+from helpers import DRAFTERS, decode, same_bits
 from load_1b import LOAD, READ, figures
 
 from bench.tasks import held_out_prompts
-from decode import Sampling, generate
+from decode import Sampling
 from exact import pack
 from extras.chat import Chat
 from extras.compiled import compile_model
-from extras.drafters import parse_drafter
-from extras.kangaroo import Adapter, save_adapter
 from model import Llama, load_checkpoint, save_checkpoint
 from support.data import read_files, stdlib_files
 from support.tokenizer import Stream, Tokenizer
@@ -39,14 +39,6 @@ from support.tokenizer import Stream, Tokenizer
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 CKPT, EXIT, NEW = ROOT / "checkpoints" / "smollm2", 8, 64
-DRAFTERS = (
-    "exit",
-    "lookup",
-    "lookup+exit",
-    "jacobi",
-    "skip:attn:9,14,mlp:20",
-    "kangaroo:{adapter}",
-)
 LANGUAGES = (
     "機械学習のモデルは、次の単語を予測します。",
     "大型语言模型一次生成一个词元。",
@@ -89,12 +81,6 @@ def greedy(reference: transformers.LlamaForCausalLM, ids: list[int], eos: int | 
     return out[0, len(ids) :].tolist()
 
 
-def emitted(model: Llama, ids: list[int], **settings) -> tuple[list[int], torch.Tensor]:
-    """Tokens and logits (T, V) of a generation."""
-    rounds = list(generate(model, ids, **settings))
-    return [t for r in rounds for t in r.emitted], torch.cat([r.logits for r in rounds])
-
-
 @torch.no_grad()
 def against_transformers(tokenizer: Tokenizer) -> str:
     """Everything that transformers has too. Raises AssertionError where it differs."""
@@ -119,14 +105,14 @@ def against_transformers(tokenizer: Tokenizer) -> str:
             worst, longest = max(worst, error), max(longest, x.shape[1])
     pack(model)
     for prompt in held_out_prompts(20, tokenizer, 64):
-        ids, _ = emitted(model, prompt, exit_layer=EXIT, max_new_tokens=NEW, eos=())
+        ids = decode(model, prompt, exit_layer=EXIT, max_new_tokens=NEW).ids
         assert ids == greedy(reference, prompt, None), "greedy text differs"
     chat = Chat(CKPT)
     for question in QUESTIONS:
         turns = [*chat.messages, dict(role="user", content=question)]
         ids = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         assert chat.ask(question) == ids, f"another rendering of {question!r}"
-        answer, _ = emitted(model, ids, max_new_tokens=NEW, eos=chat.ends)
+        answer = decode(model, ids, max_new_tokens=NEW, eos=chat.ends).ids
         assert answer == greedy(reference, ids, chat.ends[0]), "the answer differs"
         chat.keep(question, tokenizer.decode(answer[:-1]))
     said = f"logits of 20 texts (up to {longest:,} tokens) within {worst:.1e} of transformers'"
@@ -139,26 +125,18 @@ def load(dtype: torch.dtype) -> Llama:
 
 def drafted(tokenizer: Tokenizer, prompts: int, tokens: int) -> Iterator[int]:
     """Tokens of each drafted run. Raises AssertionError where one is not plain decoding's."""
-    adapter = Path(tempfile.mkdtemp())
-    save_adapter(Adapter(load(torch.float32).config, EXIT), adapter, {})
     half = prompts // 2
-    asked = [Chat(CKPT).ask(f"Repeat this:\n{t}") for t in (d[:200] for d in texts()[:half])]
+    asked = [Chat(CKPT).ask(f"Repeat this:\n{t[:200]}") for t in texts()[:half]]
     starts = held_out_prompts(prompts - half, tokenizer, 64) + asked
-    for dtype in (torch.bfloat16, torch.float32):
-        for compiled in (False, True):
-            model = load(dtype)
-            names = [name.format(adapter=adapter) for name in DRAFTERS]
-            drafters = {name: parse_drafter(name, model, EXIT) for name in names}
-            model = compile_model(model, EXIT) if compiled else pack(model)
-            for number, ids in enumerate(starts if compiled else starts[::5]):  # eager is slow
-                how = dict(max_new_tokens=tokens, eos=())
-                how["sampling"] = Sampling(0.8 * (number % 2), seed=number)
-                plain, logits = emitted(model, ids, **how)
-                for name, settings in drafters.items():
-                    found, bits = emitted(model, ids, **how, **dict(draft_len=5) | settings)
-                    where = f"{name}, {dtype}, {'compiled' if compiled else 'eager'}"
-                    assert found == plain and torch.equal(bits, logits), f"{where} differs"
-                    yield len(found)
+    for dtype, compiled in product((torch.bfloat16, torch.float32), (False, True)):
+        model = compile_model(load(dtype), EXIT) if compiled else pack(load(dtype))
+        for number, ids in enumerate(starts if compiled else starts[::5]):  # eager is slow
+            how = dict(max_new_tokens=tokens, sampling=Sampling(0.8 * (number % 2), seed=number))
+            plain = decode(model, ids, **how)
+            for who, make in DRAFTERS.items():
+                found = decode(model, ids, **how, **make(model, EXIT))
+                assert same_bits(found, plain), f"{who}, {dtype}, compiled {compiled}, differs"
+                yield len(found.ids)
 
 
 def main() -> None:

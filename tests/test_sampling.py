@@ -67,7 +67,10 @@ def test_noise_is_a_function_of_seed_and_position_alone():
     assert (torch.corrcoef(streams) - torch.eye(len(streams))).abs().max() < 0.6
 
 
-@given(st.lists(st.floats(-20, 20), min_size=1, max_size=30), st.integers(0, 40), st.floats(0.01, 1))
+logit_lists = st.lists(st.floats(-20, 20), min_size=1, max_size=30)
+
+
+@given(logit_lists, st.integers(0, 40), st.floats(0.01, 1))
 def test_filters_keep_the_likeliest_and_at_least_one(logits, top_k, top_p):
     logits = torch.tensor(logits, dtype=torch.float64)
     kept = keep_likely(logits, top_k, top_p)
