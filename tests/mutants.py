@@ -19,9 +19,9 @@ ALWAYS = "exactness::a_draft_that_equals_the_model_is_always_right"
 BUDGET = "exactness::a_round_ends_with_budget_context_and_text"
 PASSES = "exactness::short_passes_are_padded_or_run_row_by_row"
 ATTENTION = "exactness::attention_keeps_rows_apart[1]"
+BLOCKS = "exactness::attention_runs_rows_in_blocks_within_a_view"
 MIXING = "exactness::attention_that_mixes_rows_runs_each_alone"
 ANSWER = "drafters::a_wrong_answer_is_refused_and_changes_no_text"
-OPTION = "drafters::an_option_names_the_drafter_and_its_own_settings"
 ORACLE = "model::decoding_over_the_cache_is_the_oracles"
 FORWARD = "model::forward_is_the_oracles"
 
@@ -60,8 +60,6 @@ MUTANTS = [
      "0 <= token < vocab for", "token < vocab for", ANSWER),
     ("exit queries of an earlier round count", "cache.py",
      "self.query_layer = [0] * len(self.queries)", "pass", ANSWER),
-    ("a drafter of one's own is its file's last", "extras/drafters.py",
-     "getattr(module, name)", "list(vars(module).values())[0]", OPTION),
     ("mask shows the next position", "model.py",
      "positions <= positions[start:, None]", "positions < positions[start:, None] + 2", ORACLE),
     ("packed mask off by one", "exact.py",
@@ -81,21 +79,19 @@ MUTANTS = [
     ("ordinary attention in an exact pass", "exact.py",
      "if rows > MAX_ROWS else None", "if rows > 1 else None", ATTENTION),
     ("a view as long as the pass", "exact.py",
-     "view = view_len(first + 1)", "view = view_len(end)", ATTENTION),
+     "view = view_len(first + 1)", "view = view_len(end)", BLOCKS),
     ("rows that straddle a view's end", "exact.py",
      "min(first + width, view, end)", "min(first + width, end)", ATTENTION),
     ("query rows are not padded", "exact.py",
-     "(0, 0, 0, width * (heads // groups) - q.shape[1])", "(0, 0)",
-     "exactness::attention_runs_rows_in_blocks_within_a_view"),
+     "(0, 0, 0, width * (heads // groups) - q.shape[1])", "(0, 0)", ATTENTION),
     ("attention is not tried", "exact.py",
      "                return 1\n", "                pass\n", MIXING),
     ("attention's width is not the one found", "exact.py",
      "self.cache, self.start, self.width = cache, start, width",
      "self.cache, self.start, self.width = cache, start, width = cache, start, BLOCK_ROWS",
      MIXING),
-    ("a norm by hypot", "exact.py",
-     "length.square_().add_(self.floor).sqrt_()",
-     "length = torch.hypot(length, self.floor.sqrt())",
+    ("a norm by pow", "exact.py",
+     ".add_(self.floor).sqrt_()", ".add_(self.floor).pow_(0.25).square_()",
      "exactness::sixteen_rows_are_exact_at_any_scale"),
     ("silu over rows together", "exact.py",
      "gate.numel() >= 32768:", "gate.numel() >= 1 << 40:", "exactness::silu_keeps_rows_apart"),
