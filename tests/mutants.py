@@ -1,7 +1,7 @@
 """Breaks the code on purpose, one fault at a time, in a copy: the named test must go red.
 
-    python tests/mutants.py            every fault; exit code 1 if one survives
-    python tests/mutants.py decode     those with this word in their fault, file or test
+python tests/mutants.py            every fault; exit code 1 if one survives
+python tests/mutants.py decode     those with this word in their fault, file or test
 """
 
 import os
@@ -97,10 +97,10 @@ MUTANTS = [
      "gate.numel() >= 32768:", "gate.numel() >= 1 << 40:", "exactness::silu_keeps_rows_apart"),
     ("an adapter remembers rejected tokens", "extras/kangaroo.py",
      "self.own.rewind(known)", "self.own.rewind(self.own.length)",
-     "drafters::an_adapters_cache_follows_the_text"),
+     "drafters::a_drafters_own_cache_follows_the_text"),
     ("a draft model remembers rejected tokens", "extras/drafters.py",
      "self.own.rewind(", "self.own.rewind(self.own.length or ",
-     "drafters::a_draft_models_cache_follows_the_text"),
+     "drafters::a_drafters_own_cache_follows_the_text"),
     ("skipped layers get no keys", "extras/early_exit.py",
      "for l in range(depth, c.n_layers):", "for l in range(depth + 1, c.n_layers):",
      "extras::a_token_leaves_at_the_first_sure_exit_and_fills_what_it_skips"),

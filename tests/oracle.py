@@ -6,10 +6,8 @@ Written from the papers and the Hugging Face parameter names; it shares no line 
 import numpy as np
 
 
-def oracle_logits(
-    weights: dict[str, np.ndarray], config, tokens: list[int], depth: int | None = None
-) -> np.ndarray:
-    """Logits (T, vocab) after `depth` layers (None: all) for each position of `tokens`."""
+def oracle_logits(weights: dict[str, np.ndarray], config, tokens: list[int]) -> np.ndarray:
+    """Logits (T, vocab) for each position of `tokens`."""
     weights = {name.removeprefix("model."): w for name, w in weights.items()}
     length, head_dim = len(tokens), config.head_dim
     h = weights["embed_tokens.weight"][np.array(tokens)]
@@ -28,7 +26,7 @@ def oracle_logits(
         turned = (x[..., :half] + 1j * x[..., half:]) * turn
         return np.concatenate([turned.real, turned.imag], -1)
 
-    for i in range(config.n_layers if depth is None else depth):
+    for i in range(config.n_layers):
         at = f"layers.{i}."
         x = norm(h, at + "input_layernorm")
         q, k, v = (

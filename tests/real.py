@@ -5,13 +5,12 @@
 In float32: logits of 20 texts within 1e-5 relative to the largest, and greedy text equal, of
 prompts and of chats; tokens of 2,000 strings equal; streamed text equal to decoded text; what
 save_checkpoint writes gives transformers the same logits. Then each drafter's tokens and logits
-against plain decoding's, in both types, eager and compiled. Last, time and memory of loading. Exit
+against plain decoding's, in both types, eager and compiled. Exit
 code 1 where one of these does not hold.
 """
 
 import argparse
 import pydoc_data.topics
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +24,6 @@ import numpy as np
 import torch
 import transformers
 from helpers import DRAFTERS, decode, same_bits
-from load_1b import LOAD, READ, figures
 
 from bench.tasks import held_out_prompts
 from decode import Sampling
@@ -150,12 +148,6 @@ def main() -> None:
         runs, total = runs + 1, total + count
         print(f"\r{runs} drafted runs", end="", file=sys.stderr, flush=True)
     print(f"\n{total:,} tokens in {runs} runs of {len(DRAFTERS)} drafters: 0 differences")
-    pairs = [(figures(READ, CKPT), figures(LOAD, CKPT)) for _ in range(5)]
-    seconds = statistics.median(load[0] / read[0] for read, load in pairs)
-    peak = max((load[1] - load[3]) / load[2] for _, load in pairs)
-    print(
-        f"loading takes {seconds:.2f} times reading the file, {peak:.2f} times its memory at most"
-    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from extras.drafters import (
     parse_drafter,
     search_skips,
 )
-from extras.early_exit import keep_layers
 from extras.kangaroo import Kangaroo, load_adapter, save_adapter, train_step
 from model import load_checkpoint, save_checkpoint
 from support.checkpoint import CheckpointError
@@ -43,20 +42,6 @@ def test_a_draft_model_that_is_the_model_is_always_right(sampling):
     twice = partial(TwoModels, other=model)
     rounds = decode(model, [3, 1, 4], drafter=twice, sampling=sampling).rounds
     assert [len(r.drafted) for r in rounds] == [r.accepted for r in rounds] == [5] * 10
-
-
-@torch.inference_mode()
-def test_a_draft_models_cache_follows_the_text():
-    """Its guesses are those of one pass over the text, after accepted and rejected drafts alike."""
-    model = tiny_model(damp_from=2, damping=0.3, dtype=torch.float64)
-    other, tokens = keep_layers(model, range(2)), [3, 1, 4]
-    rounds = decode(model, tokens, drafter=partial(TwoModels, other=other)).rounds
-    for r in rounds:
-        text = tokens + r.drafted
-        said = other(torch.tensor([text]))[0].argmax(-1).tolist()
-        assert said[len(tokens) - 1 : len(text) - 1] == r.drafted
-        tokens = tokens + r.emitted
-    assert fates(rounds) == {"all", "some", "none"}
 
 
 @SAMPLINGS
@@ -296,25 +281,37 @@ def test_a_silent_adapter_drafts_what_the_exit_drafts(sampling):
         assert confidence or fates(rounds) != {"all"}
 
 
+def guesses_of_two_layers(model, settings):
+    return lambda text: settings["drafter"].keywords["other"](text)
+
+
+def guesses_of_an_adapter(model, settings):
+    adapter = settings["drafter"].keywords["adapter"]
+    early = lambda text: model.run_layers(model.embed(text), 0, 2)
+    return lambda text: model.lm_head(adapter(early(text), *model.rotary(0, text.shape[1])))
+
+
 # A rule that accepts whatever is drafted leaves the last guess of a draft, which was not
 # unembedded, in the text.
 @torch.inference_mode()
-@pytest.mark.parametrize("prompt", [[3], [3, 1, 4]])
 @pytest.mark.parametrize("accepts_all", [False, True])
-def test_an_adapters_cache_follows_the_text(prompt, accepts_all, monkeypatch):
+@pytest.mark.parametrize("prompt", [[3], [3, 1, 4]])
+@pytest.mark.parametrize("who, by_hand", [
+    ("two models", guesses_of_two_layers), ("kangaroo", guesses_of_an_adapter),
+])  # fmt: skip
+def test_a_drafters_own_cache_follows_the_text(who, by_hand, prompt, accepts_all, monkeypatch):
     """Its guesses are those of one pass over the text, after accepted and rejected drafts alike."""
     if accepts_all:
         every = lambda guesses, logits, *_: [*guesses, int(logits[-1].argmax())]
         monkeypatch.setattr("decode.accept", every)
-    model = tiny_model(damp_from=2, dtype=torch.float64)
-    tokens, settings = list(prompt), DRAFTERS["kangaroo"](model, 2)
-    adapter = settings["drafter"].keywords["adapter"]
-    rounds = decode(model, prompt, **settings, draft_len=3, max_new_tokens=40).rounds
+    model = tiny_model(damp_from=2, damping=0.3, dtype=torch.float64)
+    settings, tokens = DRAFTERS[who](model, 2), list(prompt)
+    logits = by_hand(model, settings)
+    rounds = decode(model, prompt, **settings, draft_len=3).rounds
     for r in rounds:
         text = tokens + r.drafted
-        h = model.run_layers(model.embed(torch.tensor([text])), 0, 2)
-        logits = model.lm_head(adapter(h, *model.rotary(0, len(text))))[0]
-        assert logits.argmax(-1)[len(tokens) - 1 : len(text) - 1].tolist() == r.drafted
+        said = logits(torch.tensor([text]))[0].argmax(-1).tolist()
+        assert said[len(tokens) - 1 : len(text) - 1] == r.drafted
         tokens += r.emitted
     assert fates(rounds) == {"all"} if accepts_all else fates(rounds) > {"all"}
 
