@@ -31,12 +31,10 @@ import re, sys, time
 sys.path.insert(0, sys.argv[1])
 from model import load_checkpoint
 def resident(what):
-    status = open("/proc/self/status").read()
-    return 1024 * int(re.search(what + r":\s+(\d+)", status)[1])
-before, started = resident("VmRSS"), time.perf_counter()
+    return 1024 * int(re.search(what + r":\s+(\d+)", open("/proc/self/status").read())[1])
+started = time.perf_counter()
 model = load_checkpoint(sys.argv[2])
-seconds = time.perf_counter() - started
-print(seconds, resident("VmHWM"), sum(p.nbytes for p in model.parameters()), before)
+print(time.perf_counter() - started, resident("VmHWM"), sum(p.nbytes for p in model.parameters()))
 """
 
 READ = """
@@ -80,7 +78,7 @@ def main() -> None:
         figures(READ, path)
         runs = [(figures(READ, path), figures(LOAD, path)) for _ in range(5)]
     read = statistics.median(reading[0] for reading, _ in runs)
-    times, peaks, sizes, _ = zip(*(loading for _, loading in runs))
+    times, peaks, sizes = zip(*(loading for _, loading in runs))
     seconds, peak, weights = statistics.median(times), max(peaks), sizes[0]
     print(f"{weights / 1e9:.2f} GB of weights: reading {read:.2f} s, loading {seconds:.2f} s")
     print(f"loading takes {seconds / read:.2f} times as long as reading; at most 2")

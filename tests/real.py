@@ -5,8 +5,7 @@
 In float32: logits of 20 texts within 1e-5 relative to the largest, and greedy text equal, of
 prompts and of chats; tokens of 2,000 strings equal; streamed text equal to decoded text; what
 save_checkpoint writes gives transformers the same logits. Then each drafter's tokens and logits
-against plain decoding's, in both types, eager and compiled. Exit
-code 1 where one of these does not hold.
+against plain decoding's, in both types, eager and compiled. Exit code 1 where one does not hold.
 """
 
 import argparse
@@ -30,7 +29,7 @@ from decode import Sampling
 from exact import pack
 from extras.chat import Chat
 from extras.compiled import compile_model
-from model import Llama, load_checkpoint, save_checkpoint
+from model import load_checkpoint, save_checkpoint
 from support.data import read_files, stdlib_files
 from support.tokenizer import Stream, Tokenizer
 
@@ -83,8 +82,9 @@ def greedy(reference: transformers.LlamaForCausalLM, ids: list[int], eos: int | 
 def against_transformers(tokenizer: Tokenizer) -> str:
     """Everything that transformers has too. Raises AssertionError where it differs."""
     read = transformers.LlamaForCausalLM.from_pretrained
-    reference, theirs = read(CKPT, dtype=torch.float32).eval(), transformers.AutoTokenizer
-    theirs, model, worst, longest = theirs.from_pretrained(CKPT), load(torch.float32), 0.0, 0
+    reference = read(CKPT, dtype=torch.float32).eval()
+    theirs = transformers.AutoTokenizer.from_pretrained(CKPT)
+    model, worst, longest = load_checkpoint(CKPT, torch.float32), 0.0, 0
     for text in strings(2000):
         ids = tokenizer.encode(text)
         assert ids == theirs(text).input_ids, f"other tokens for {text!r}"
@@ -117,17 +117,14 @@ def against_transformers(tokenizer: Tokenizer) -> str:
     return f"{said}; 2,000 strings, 20 greedy texts and {len(QUESTIONS)} chat answers equal"
 
 
-def load(dtype: torch.dtype) -> Llama:
-    return load_checkpoint(CKPT, dtype)
-
-
 def drafted(tokenizer: Tokenizer, prompts: int, tokens: int) -> Iterator[int]:
     """Tokens of each drafted run. Raises AssertionError where one is not plain decoding's."""
     half = prompts // 2
     asked = [Chat(CKPT).ask(f"Repeat this:\n{t[:200]}") for t in texts()[:half]]
     starts = held_out_prompts(prompts - half, tokenizer, 64) + asked
     for dtype, compiled in product((torch.bfloat16, torch.float32), (False, True)):
-        model = compile_model(load(dtype), EXIT) if compiled else pack(load(dtype))
+        model = load_checkpoint(CKPT, dtype)
+        model = compile_model(model, EXIT) if compiled else pack(model)
         for number, ids in enumerate(starts if compiled else starts[::5]):  # eager is slow
             how = dict(max_new_tokens=tokens, sampling=Sampling(0.8 * (number % 2), seed=number))
             plain = decode(model, ids, **how)
