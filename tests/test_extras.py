@@ -70,13 +70,9 @@ def test_confident_exits_span_the_first_exit_and_the_full_model(temperature):
     sampling = Sampling(temperature, seed=5)
     alone, full = (exit_text(model, [7, 3], 40, depth, sampling) for depth in (2, 8))
     pack(model)
-    always, never, between = (
-        confident(model, c, temperature=temperature) for c in (1e-9, 1.0, 0.2)
-    )
-    assert always == [(token, 2) for token in alone]
+    always, never = (confident(model, c, temperature=temperature) for c in (1e-9, 1.0))
+    assert always == [(token, 2) for token in alone] != never
     assert never == [(token, 8) for token in full]
-    depths = {depth for _, depth in between}
-    assert {2, 8} <= depths <= set(range(2, 9)) and always != never
 
 
 def test_a_token_leaves_at_the_first_sure_exit_and_fills_what_it_skips(monkeypatch):
@@ -90,20 +86,19 @@ def test_a_token_leaves_at_the_first_sure_exit_and_fills_what_it_skips(monkeypat
     with torch.inference_mode():
         cache = new_cache(model, 64, 0)
         model.run_layers(model.embed(torch.tensor(prompt[:-1])), 0, layers, cache)
+        text = prompt + [token for token, _ in found]
         for place, (token, depth) in enumerate(found, len(prompt) - 1):
-            last = prompt[-1] if place < len(prompt) else found[place - len(prompt)][0]
-            h, sure = model.embed(torch.tensor([last])), []
+            h, sure = model.embed(torch.tensor([text[place]])), []
             for l in range(layers):
                 h = model.run_layers(h, l, l + 1, cache, place)
                 if l + 1 == depth:
+                    left = h
                     assert int(model.unembed(h)[0].argmax()) == token
-                    entered = h
                 if l + 1 > depth:
-                    model.run_layers(entered, l, l + 1, cache, place)
-                sure.append(model.unembed(h)[0].softmax(-1).max().item())
-            assert depth in (3, 5, 7, 9, 11, 13, 15, 16)
-            assert all(sure[e - 1] < 0.25 for e in range(3, depth, 2))
-            assert depth == 16 or sure[depth - 1] >= 0.25
+                    model.run_layers(left, l, l + 1, cache, place)
+                sure.append(model.unembed(h)[0].softmax(-1).max().item() >= 0.25)
+            exits = [3, 5, 7, 9, 11, 13, 15, 16]
+            assert depth == next((e for e in exits if sure[e - 1]), 16)
     length = caches[0].length
     assert length == len(prompt) - 1 + 40 and len({depth for _, depth in found}) > 2
     for ours, by_hand in ((caches[0].keys, cache.keys), (caches[0].values, cache.values)):
@@ -118,16 +113,19 @@ def test_a_confident_exit_stops_with_the_text_and_the_context():
     assert ended == free[: free.index(free[5]) + 1]
 
 
-@pytest.mark.parametrize("bad", [
-    dict(confidence=0.0),
-    dict(confidence=1.5),
-    dict(exit_layer=4),
-    dict(count=0),
-    dict(prompt=()),
-])  # fmt: skip
-def test_a_confident_exit_that_cannot_run_is_refused(bad):
+BAD_EXITS = [
+    ("confidence", 0.0),
+    ("confidence", 1.5),
+    ("exit_layer", 4),
+    ("count", 0),
+    ("prompt", ()),
+]
+
+
+@pytest.mark.parametrize("name, value", BAD_EXITS)
+def test_a_confident_exit_that_cannot_run_is_refused(name, value):
     with pytest.raises(ValueError):
-        confident(tiny_model(), **{"confidence": 0.5, **bad})
+        confident(tiny_model(), **{"confidence": 0.5, name: value})
 
 
 def test_the_command_says_how_many_layers_a_token_ran(cli, small):
@@ -199,22 +197,19 @@ def test_a_token_is_one_printable_piece(shipped):
 def test_a_line_of_the_lens_tells_what_every_exit_says(cli, small):
     """And how many layers are needed. Each word stands from its exit on until the next word."""
     model, tokenizer = load(small)
-    ids = tokenizer.encode(PROMPT)
-    run = cli("lens", "--max-new-tokens", "5")
+    ids, run = tokenizer.encode(PROMPT), cli("lens", "--max-new-tokens", "5")
     assert run.code == 0 and "\033" not in run.out
     header, *lines = [line.split() for line in run.out.splitlines()]
     new = decode(pack(model), ids, max_new_tokens=5, eos=(2,)).ids
     said, _ = exits(model, ids + new, len(ids) - 1)
     needed = layers_needed(said).tolist()
-    assert header[0] == "needs" and [int(line[0]) for line in lines] == needed
-    assert f"needs {sum(needed) / len(needed):.2f} of 4 on average" in run.err
+    assert header[0] == "needs" and f"needs {sum(needed) / len(needed):.2f} of 4" in run.err
     tokens = [piece(tokenizer, t) for t in ids] + ["+" + piece(tokenizer, t) for t in new]
-    assert [line[1] for line in lines] == tokens
+    assert [line[:2] for line in lines] == [[str(e), token] for e, token in zip(needed, tokens)]
     for t, (_, _, *rest) in enumerate(lines):
         words = dict(zip(map(int, rest[::2]), rest[1::2]))
         shown = [words[max(e for e in words if e <= exit_layer)] for exit_layer in range(1, 5)]
         assert shown == [piece(tokenizer, row[t]) for row in said.tolist()]
-        assert t + 1 < len(ids) or t + 1 == len(tokens) or "+" + shown[-1] == tokens[t + 1]
 
 
 def test_the_figure_is_a_whole_png(cli, tmp_path):
