@@ -89,25 +89,21 @@ def test_decoding_over_the_cache_is_the_oracles(config, prompt, seed, exact, dat
     assert near(chosen, expected.max(-1))
 
 
-def test_a_long_prompt_prefills_in_pieces_to_the_same_logits():
+def test_prefill_in_pieces_leaves_what_single_tokens_leave():
+    """And the logits after it are those of the whole text at once."""
     model = tiny_model(tiny_config(max_len=2048, n_layers=2), dtype=torch.float64)
     prompt = [i * 7 % 61 for i in range(2 * PREFILL_ROWS + 76)]
+    at_once, singly = (new_cache(model, len(prompt), 0) for _ in range(2))
+    prefill(model, at_once, prompt)
+    for token in prompt:
+        prefill(model, singly, [token])
+    assert at_once.length == singly.length == len(prompt)
+    torch.testing.assert_close(at_once.keys, singly.keys)
+    torch.testing.assert_close(at_once.values, singly.values)
     with torch.inference_mode():
         expected = model(torch.tensor([prompt]))[0, -1]
     found = decode(model, prompt, max_new_tokens=1).logits[0]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_prefill_leaves_what_one_token_at_a_time_leaves():
-    model = tiny_model(dtype=torch.float64)
-    tokens = [i * 7 % 61 for i in range(70)]
-    at_once, singly = (new_cache(model, 70, 0) for _ in range(2))
-    prefill(model, at_once, tokens)
-    for token in tokens:
-        prefill(model, singly, [token])
-    assert at_once.length == singly.length == 70
-    torch.testing.assert_close(at_once.keys, singly.keys)
-    torch.testing.assert_close(at_once.values, singly.values)
 
 
 # Both kinds for rows, the model's own and exact.py's, are attention of the sequence up to rounding.
@@ -205,24 +201,25 @@ GIVEN = written(tiny_config(eos=(2,), bos=1))
 LLAMA3 = written(tiny_config(rope_type="llama3", rope_factor=8.0))["rope_scaling"]
 
 
-@st.composite
-def all_configs(draw):
-    rope = draw(st.sampled_from(["default", "linear", "llama3"]))
-    changes = {} if rope == "default" else dict(rope_factor=draw(st.floats(1e-3, 1e6)))
+tokens, lengths = st.integers(0, 60), st.integers(1, 1 << 27)
+
+
+@given(
+    configs(),
+    st.sampled_from(["default", "linear", "llama3"]),
+    st.lists(st.floats(1e-3, 1e6), min_size=3, max_size=3, unique=True),
+    st.tuples(lengths, lengths),
+    st.none() | tokens,
+    st.lists(tokens, max_size=3),
+)
+def test_a_config_that_is_written_is_read_the_same(config, rope, factors, lengths, bos, eos):
+    low, high, factor = sorted(factors)
+    changes = {} if rope == "default" else dict(rope_factor=factor)
     if rope == "llama3":
-        low = draw(st.floats(1e-3, 1e5))
-        high = draw(st.floats(low, 1e6, exclude_min=True))
         changes |= dict(rope_low_freq_factor=low, rope_high_freq_factor=high)
-        changes |= dict(rope_original_len=draw(st.integers(1, 1 << 27)))
-    token = st.integers(0, 60)
-    changes |= dict(bos=draw(st.none() | token), eos=tuple(draw(st.lists(token, max_size=3))))
-    return replace(
-        draw(configs()), rope_type=rope, max_len=draw(st.integers(1, 1 << 27)), **changes
-    )
-
-
-@given(all_configs())
-def test_a_config_that_is_written_is_read_the_same(config):
+        changes |= dict(rope_original_len=lengths[1])
+    about = dict(rope_type=rope, max_len=lengths[0], bos=bos, eos=tuple(eos))
+    config = replace(config, **changes, **about)
     assert read(written(config, torch.bfloat16)) == config
 
 
