@@ -217,8 +217,8 @@ def padded_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, widt
     q = q.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)  # (Hkv, T * G, hd)
     q = F.pad(q, (0, 0, 0, width * (heads // groups) - q.shape[1]))
     mixed = F.scaled_dot_product_attention(q[None], keys[None], values[None], attn_mask=mask)[0]
-    mixed = mixed.unflatten(1, (width, -1))[:, :rows]  # (Hkv, T, G, hd)
-    return mixed.transpose(0, 1).flatten(1, 2)
+    mixed = mixed.unflatten(1, (width, -1)).transpose(0, 1)  # (width, Hkv, G, hd)
+    return mixed.flatten(1, 2)[:rows]
 
 
 def block_mask(positions: Tensor, view: int, heads: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -36,3 +37,32 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def shipped() -> Path:
     return ROOT / "checkpoints" / "pystdlib"
+
+
+@pytest.fixture(scope="session")
+def small(shipped, tmp_path_factory) -> Path:
+    """A small checkpoint whose first two of four layers foresee most of what the whole says."""
+    from helpers import tiny_config, tiny_model
+
+    from model import save_checkpoint
+
+    path = tmp_path_factory.mktemp("small")
+    save_checkpoint(tiny_model(tiny_config(vocab_size=2048, bos=1, tied=True), damp_from=2), path)
+    (path / "tokenizer.model").write_bytes((shipped / "tokenizer.model").read_bytes())
+    return path
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(main, "--exit", "2") -> code, out, err of a command with these arguments."""
+
+    def call(main, *args) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["command", *args])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+
+    return call

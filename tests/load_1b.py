@@ -3,9 +3,9 @@
     python tests/load_1b.py
 
 It writes 2.5 GB of random bfloat16 to a temporary directory. Bounds: peak resident memory of a
-process that only loads, at most 1.15 times the weights; loading, at most twice the time that
-reading the file into memory takes. (The file is in the page cache. Medians of five alternating runs
-are taken, each in a new process, so that both pay for fresh memory.) Exit code 1 beyond a bound.
+process that only loads, at most 1.15 times the weights; loading, at most twice the time of reading
+the file. (It is in the page cache. Medians of five alternating runs, each in a new process, so that
+both pay for fresh memory.) Exit code 1 beyond a bound.
 """
 
 import json
@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -20,22 +21,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from model import Config, Llama, write_config
-
-LLAMA_32_1B = Config(
-    vocab_size=128256,
-    dim=2048,
-    hidden_dim=8192,
-    n_layers=16,
-    n_heads=32,
-    n_kv_heads=8,
-    head_dim=64,
-    max_len=131072,
-    rope_theta=5e5,
-    rope_type="llama3",
-    rope_factor=32.0,
-    tied=True,
-)
+from bench.common import SHAPES
+from model import Config, Llama
+from support.checkpoint import config_json
 
 # Not ru_maxrss, which a process takes over from the one that started it.
 LOAD = r"""
@@ -43,12 +31,10 @@ import re, sys, time
 sys.path.insert(0, sys.argv[1])
 from model import load_checkpoint
 def resident(what):
-    status = open("/proc/self/status").read()
-    return 1024 * int(re.search(what + r":\s+(\d+)", status)[1])
-before, started = resident("VmRSS"), time.perf_counter()
+    return 1024 * int(re.search(what + r":\s+(\d+)", open("/proc/self/status").read())[1])
+started = time.perf_counter()
 model = load_checkpoint(sys.argv[2])
-seconds = time.perf_counter() - started
-print(seconds, resident("VmHWM"), sum(p.nbytes for p in model.parameters()), before)
+print(time.perf_counter() - started, resident("VmHWM"), sum(p.nbytes for p in model.parameters()))
 """
 
 READ = """
@@ -61,14 +47,14 @@ print(time.perf_counter() - started)
 
 def write_random(path: Path, config: Config) -> None:
     """Writes config.json and model.safetensors with random weights, a tensor at a time."""
-    (path / "config.json").write_text(json.dumps(write_config(config, torch.bfloat16)))
+    (path / "config.json").write_text(json.dumps(config_json(asdict(config), torch.bfloat16)))
     with torch.device("meta"):
         model = Llama(config)
     header, offset = {}, 0
-    for name, p in model.named_parameters():
-        end = offset + 2 * p.numel()
-        header[name] = {"dtype": "BF16", "shape": list(p.shape), "data_offsets": [offset, end]}
-        offset = end
+    for name, p in model.named_parameters():  # tied: no head
+        place = [offset, offset + 2 * p.numel()]
+        header[f"model.{name}"] = dict(dtype="BF16", shape=[*p.shape], data_offsets=place)
+        offset = place[1]
     text = json.dumps(header).encode()
     with open(path / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -88,11 +74,11 @@ def figures(program: str, path: Path) -> list[float]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        write_random(path, LLAMA_32_1B)
+        write_random(path, SHAPES["1b"])
         figures(READ, path)
         runs = [(figures(READ, path), figures(LOAD, path)) for _ in range(5)]
     read = statistics.median(reading[0] for reading, _ in runs)
-    times, peaks, sizes, _ = zip(*(loading for _, loading in runs))
+    times, peaks, sizes = zip(*(loading for _, loading in runs))
     seconds, peak, weights = statistics.median(times), max(peaks), sizes[0]
     print(f"{weights / 1e9:.2f} GB of weights: reading {read:.2f} s, loading {seconds:.2f} s")
     print(f"loading takes {seconds / read:.2f} times as long as reading; at most 2")

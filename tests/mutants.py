@@ -1,6 +1,7 @@
 """Breaks the code on purpose, one fault at a time, in a copy: the named test must go red.
 
 python tests/mutants.py            every fault; exit code 1 if one survives
+python tests/mutants.py decode     those with this word in their fault, file or test
 """
 
 import os
@@ -13,124 +14,112 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "checkpoints", "__pycache__", ".*_cache")
 
-EXACT = (
-    "test_exactness.py::"
-    "test_tokens_logits_and_cache_are_bitwise_the_full_models_whoever_drafts[early exit]"
-)
-SCALES = "test_exactness.py::test_passes_of_sixteen_rows_are_exact_at_any_scale_of_activations"
-ALWAYS = "test_exactness.py::test_a_draft_that_equals_the_full_model_is_always_accepted"
-DOUBT = "test_exactness.py::test_a_confident_draft_stops_before_the_doubtful_token"
-BUDGET = (
-    "test_exactness.py::test_a_round_never_emits_past_the_budget_the_context_or_the_end_of_text"
-)
-PADDED = "test_exactness.py::test_a_short_pass_is_padded_to_the_safe_row_count"
-ALONE = "test_exactness.py::test_where_no_row_count_is_safe_each_row_runs_alone"
-ATTENTION = "test_exactness.py::test_attention_keeps_rows_apart"
-SILU = "test_exactness.py::test_silu_keeps_rows_apart"
-ORACLE = "test_model.py::test_decoding_over_the_cache_is_the_oracles"
-FORWARD = "test_model.py::test_forward_is_the_oracles"
-VIEWS = "test_model.py::test_the_cache_gives_back_what_was_written_and_copies_nothing"
-KANGAROO = "test_drafters.py::test_an_adapter_that_adds_nothing_drafts_what_the_exit_drafts"
-OWN = "test_drafters.py::test_an_adapters_cache_is_its_attention_over_the_whole_text"
-TWO = "test_drafters.py::test_a_draft_models_cache_follows_the_verified_text"
-LITE = (
-    "test_extras.py::"
-    "test_a_token_leaves_at_the_first_exit_that_is_sure_and_fills_the_layers_it_skips"
-)
-STREAM = "test_tokenizer.py::test_streamed_parts_join_to_what_the_ids_add_to_the_context"
-META = "test_loading.py"
-WEIGHTS = "test_train.py::test_exit_weights_are_layerskips"
-DROPOUT = "test_train.py::test_a_skipped_sample_passes_unchanged_and_the_others_as_without_dropout"
-LOSS = "test_train.py::test_the_loss_is_the_weighted_sum_and_its_gradient_that_of_the_formula"
-INIT = "test_train.py::test_a_checkpoint_that_no_run_made_is_not_written_over"
-CHAT = "test_chat.py::test_special_tokens_of_a_user_are_text"
-SKIPPED = "test_train.py::test_a_layer_that_all_samples_skip_does_not_run"
-RESUME = "test_resume.py::test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits"
+EXACT = "exactness::text_and_cache_are_bitwise_plain_whoever_drafts[early exit]"
+ALWAYS = "exactness::a_draft_that_equals_the_model_is_always_right"
+BUDGET = "exactness::a_round_ends_with_budget_context_and_text"
+PASSES = "exactness::short_passes_are_padded_or_run_row_by_row"
+ATTENTION = "exactness::attention_keeps_rows_apart[1]"
+BLOCKS = "exactness::attention_runs_rows_in_blocks_within_a_view"
+MIXING = "exactness::attention_that_mixes_rows_runs_each_alone"
+ANSWER = "drafters::a_wrong_answer_is_refused_and_changes_no_text"
+OWN = "drafters::a_drafters_own_cache_follows_the_text"
+ORACLE = "model::decoding_over_the_cache_is_the_oracles"
+FORWARD = "model::forward_is_the_oracles"
 
-# fault, file, code as it is, code as it breaks, the test that must see it
+# fault, file, code as it is, code as it breaks, the test that must see it: test_FILE.py::test_NAME
 MUTANTS = [
-    ("accept a token that was not foreseen", "decode.py",
-     "if token != guess or token in eos:", "if guess is None or token in eos:", EXACT),
-    ("keep a rejected entry", "decode.py",
-     "cache.accept(len(emitted))", "cache.accept(len(emitted) + (len(emitted) <= len(guesses)))",
+    ("accept a token that was not foreseen", "decode.py", "if token != guess or",
+     "if guess is None or", EXACT),
+    ("keep a rejected entry", "decode.py", "cache.commit(len(emitted))",
+     "cache.commit(len(emitted) + (len(emitted) <= len(guesses)))", EXACT),
+    ("exit query off by one", "decode.py", "cache.queries[row],", "cache.queries[max(row - 1, 0)],",
      EXACT),
-    ("exit query off by one", "decode.py",
-     "cache.put_query(row, h[0])", "cache.put_query(max(row - 1, 0), h[0])", EXACT),
-    ("draft uses layer E + 1", "decode.py",
-     "h, 0, exit_layer, cache, position)", "h, 0, exit_layer + 1, cache, position)", EXACT),
-    ("wrong noise position in the draft", "decode.py",
-     "token = pick(logits, position + 1)", "token = pick(logits, position)", ALWAYS),
-    ("wrong noise position in the verifier", "decode.py",
-     "pick(logits[row], position + row)", "pick(logits[row], position)", EXACT),
-    ("key of the draft's last token missing", "decode.py",
-     "for row in range(limit + 1):", "for row in range(max(limit, 1)):", EXACT),
-    ("verifier starts a position late", "decode.py",
-     "model.config.n_layers, cache, cache.length)",
-     "model.config.n_layers, cache, cache.length + 1)", EXACT),
-    ("the doubtful token is drafted", "decode.py",
-     ".max() <= min_confidence:", ".max() <= min_confidence / 2:", DOUBT),
-    ("a round may pass the budget", "decode.py",
-     "end - len(tokens) - 1)", "end - len(tokens))", BUDGET),
-    ("text goes on after EOS", "decode.py",
-     "if token != guess or token in eos:", "if token != guess:", BUDGET),
-    ("mask shows the next position", "model.py",
-     "positions <= positions[start:, None]", "positions < positions[start:, None] + 2", ORACLE),
-    ("packed mask off by one", "exact.py",
-     "[line[middle - p : middle - p + view]", "[line[middle - p + 1 : middle - p + 1 + view]",
+    ("draft uses layer E + 1", "decode.py", "h, 0, exit_layer,", "h, 0, exit_layer + 1,", EXACT),
+    ("wrong noise position in the draft", "decode.py", "(logits, position + 1)",
+     "(logits, position)", ALWAYS),
+    ("wrong noise position in the verifier", "decode.py", "position + row)\n        emitted",
+     "position)\n        emitted", EXACT),
+    ("key of the draft's last token missing", "decode.py", "range(limit + 1):",
+     "range(max(limit, 1)):", ALWAYS),
+    ("verifier starts a position late", "decode.py", "cache, cache.length)",
+     "cache, cache.length + 1)", EXACT),
+    ("the doubtful token is drafted", "decode.py", "<= min_confidence:", "<= min_confidence / 2:",
+     "exactness::a_confident_draft_stops_before_the_doubtful_token"),
+    ("a round may pass the budget", "decode.py", "len(tokens) - 1)", "len(tokens))", BUDGET),
+    ("text goes on after EOS", "decode.py", "!= guess or token in eos:", "!= guess:", BUDGET),
+    ("layers that did not run are believed", "decode.py",
+     "cache.query_layer[:rows] != [ran] * rows", "not any(cache.query_layer)", ANSWER),
+    ("too many guesses are taken", "decode.py", "rows > len(cache.queries) or", "", ANSWER),
+    ("unknown guesses are taken", "decode.py", "all(0 <= token < vocab for",
+     "all(token < vocab for", ANSWER),
+    ("exit queries of an earlier round count", "cache.py",
+     "self.query_layer = [0] * len(self.queries)", "pass", ANSWER),
+    ("mask shows the next position", "model.py", "<= positions[start:, None]",
+     "< positions[start:, None] + 2", ORACLE),
+    ("packed mask off by one", "exact.py", "> positions[:, None]", "> positions[:, None] + 1",
      ORACLE),
-    ("unembed without the norm", "model.py",
-     "self.lm_head(self.model.norm(h))", "self.lm_head(h)", FORWARD),
-    ("queries rotated, keys not", "model.py",
-     "return rotate(q, cos, sin), rotate(k, cos, sin), v", "return rotate(q, cos, sin), k, v",
+    ("unembed without the norm", "model.py", "self.lm_head(self.norm(h))", "self.lm_head(h)",
      FORWARD),
-    ("views of an earlier length", "cache.py",
-     "if rows not in self._shared or self._shared[rows][0] != end:",
-     "if rows not in self._shared:", EXACT),
-    ("values are keys", "cache.py",
-     "values[start : start + len(v)] = v", "values[start : start + len(v)] = k", VIEWS),
-    ("no padding to the safe row count", "exact.py",
-     "0 < self.min_rows <= rows:", "0 < self.min_rows:", PADDED),
-    ("rows together where none is safe", "exact.py",
-     "for row in x.split(1)", "for row in x.split(2)", ALONE),
-    ("ordinary attention in an exact pass", "exact.py",
-     "if rows > MAX_ROWS else None", "if rows > 1 else None", ATTENTION),
-    ("a norm by hypot", "exact.py",
-     "length.square_().add_(self.floor).sqrt_()",
-     "length = torch.hypot(length, self.floor.sqrt())", SCALES),
-    ("silu over rows together", "exact.py",
-     "gate.numel() >= 32768:", "gate.numel() >= 1 << 40:", SILU),
-    ("an adapter remembers rejected tokens", "extras/kangaroo.py",
-     "self.own.rewind(known)", "self.own.rewind(self.own.length)", OWN),
-    ("a draft model remembers rejected tokens", "extras/drafters.py",
-     "self.own.rewind(", "self.own.rewind(self.own.length or ", TWO),
-    ("skipped layers get no keys", "extras/early_exit.py",
-     "for l in range(depth, c.n_layers):", "for l in range(depth + 1, c.n_layers):", LITE),
-    ("interleaved rotary pairs", "checkpoint.py",
-     "(-1, self.half_head, 2)).transpose(1, 2)", "(-1, self.half_head, 2))", META),
-    ("half a character is streamed", "tokenizer.py",
-     'unsure = min(len(text) - len(text.rstrip("\\ufffd")), 3)', "unsure = 0", STREAM),
-    ("deep exits weigh less", "train.py",
-     "recipe.e_scale * sum(range(l + 1))", "recipe.e_scale * sum(range(l))", WEIGHTS),
-    ("a skipped sample is changed", "train.py",
-     "h.index_copy(0, index, y)", "h.index_copy(0, index.flip(0), y)", DROPOUT),
-    ("exits that do not teach the head", "train.py",
-     "logits = self.llama.unembed(h).float()", "logits = self.llama.unembed(h).float() * 0.5",
-     LOSS),
-    ("a foreign checkpoint is trained over", "runs.py",
-     "if self.out.is_dir() and not ours and", "if self.out.is_dir() and ours and", INIT),
-    ("the optimiser's state is not resumed", "runs.py",
-     'found.update({f"{key}.{name}": value for key, value in state.items()})', "pass", RESUME),
-    ("a layer that all samples skip is trained", "train.py",
-     "if used[l]:", "if True:", SKIPPED),
+    ("queries rotated, keys not", "model.py", "rotate(k, cos, sin), v", "k, v", FORWARD),
+    ("values are keys", "cache.py", "start + len(v)] = v", "start + len(v)] = k",
+     "model::the_cache_gives_back_what_was_written_and_copies_nothing"),
+    ("no padding to the safe row count", "exact.py", "0 < self.min_rows <= rows:",
+     "0 < self.min_rows:", PASSES),
+    ("rows together where none is safe", "exact.py", "x.split(1)", "x.split(2)", PASSES),
+    ("ordinary attention in an exact pass", "exact.py", "if rows > MAX_ROWS else None",
+     "if rows > 1 else None", ATTENTION),
+    ("a view as long as the pass", "exact.py", "view = view_len(first + 1)", "view = view_len(end)",
+     BLOCKS),
+    ("rows that straddle a view's end", "exact.py", "first + width, view, end",
+     "first + width, end", ATTENTION),
+    ("query rows are not padded", "exact.py", "width * (heads // groups) - q.shape[1]", "0",
+     ATTENTION),
+    ("attention is not tried", "exact.py", "                return 1\n", "                pass\n",
+     MIXING),
+    ("attention's width is not the one found", "exact.py", "self.width = cache, start, width",
+     "self.width = cache, start, BLOCK_ROWS", MIXING),
+    ("a norm by pow", "exact.py", ".add_(self.floor).sqrt_()",
+     ".add_(self.floor).pow_(0.25).square_()", "exactness::sixteen_rows_are_exact_at_any_scale"),
+    ("silu over rows together", "exact.py", "gate.numel() >= 32768", "False",
+     "exactness::silu_keeps_rows_apart"),
+    ("an adapter remembers rejected tokens", "extras/kangaroo.py", "self.own.rewind(known)",
+     "self.own.rewind(self.own.length)", OWN),
+    ("a draft model remembers rejected tokens", "extras/drafters.py", "self.own.rewind(",
+     "self.own.rewind(self.own.length or ", OWN),
+    ("skipped layers get no keys", "extras/early_exit.py", "range(depth, c.n_layers):",
+     "range(depth + 1, c.n_layers):",
+     "extras::a_token_leaves_at_the_first_sure_exit_and_fills_what_it_skips"),
+    ("interleaved rotary pairs", "support/checkpoint.py", "half_head, 2)).transpose(1, 2)",
+     "half_head, 2))", "loading"),
+    ("half a character is streamed", "support/tokenizer.py", "unsure = min(", "unsure = 0 * min(",
+     "tokenizer::streamed_parts_join_to_what_the_ids_add_to_the_context"),
+    ("deep exits weigh less", "train.py", "sum(range(l + 1))", "sum(range(l))",
+     "train::exit_weights_are_layerskips"),
+    ("a skipped sample is changed", "train.py", "h.index_copy(0, index,",
+     "h.index_copy(0, index.flip(0),",
+     "train::a_skipped_sample_passes_unchanged_and_the_others_as_without_dropout"),
+    ("exits that do not teach the head", "train.py", "self.llama.unembed(h).float()",
+     "self.llama.unembed(h).float() * 0.5",
+     "train::the_loss_is_the_weighted_sum_and_its_gradient_that_of_the_formula"),
+    ("a foreign checkpoint is trained over", "support/runs.py", "is_dir() and not ours and",
+     "is_dir() and ours and", "train::a_checkpoint_that_no_run_made_is_not_written_over"),
+    ("the optimiser's state is not resumed", "support/runs.py",
+     'found.update({f"{key}.{name}": value for key, value in state.items()})', "pass",
+     "resume::ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits"),
+    ("a layer that all samples skip is trained", "train.py", "if used[l]:", "if True:",
+     "train::a_layer_that_all_samples_skip_does_not_run"),
     ("a user's special tokens are special", "extras/chat.py",
-     "apart = token[:1] + GUARD + token[1:]", "apart = token", CHAT),
+     "apart = token[:1] + GUARD + token[1:]", "apart = token",
+     "chat::special_tokens_of_a_user_are_text"),
 ]  # fmt: skip
 
 
 def is_red(copy: Path, *tests: str) -> bool:
     """Whether one of the tests fails in this copy of the repository."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--hypothesis-profile=red"]
-    command += [f"tests/{test}" for test in tests]
+    for test in tests:
+        file, _, name = test.partition("::")
+        command.append(f"tests/test_{file}.py" + f"::test_{name}" * bool(name))
     # No bytecode: of files of one size in one second, Python takes the old one's.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     code = subprocess.run(command, capture_output=True, cwd=copy, env=environment).returncode
@@ -140,22 +129,25 @@ def is_red(copy: Path, *tests: str) -> bool:
 
 
 def main() -> None:
+    words = " ".join(sys.argv[1:])
+    mutants = [m for m in MUTANTS if words in " ".join((m[0], m[1], m[4]))]
+    for fault, file, code, *_ in MUTANTS:
+        found = (ROOT / file).read_text().count(code)
+        assert found == 1, f"{fault}: the code to break occurs {found} times in {file}"
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "repo"
         shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
-        if is_red(copy, *dict.fromkeys(test for *_, test in MUTANTS)):
+        if is_red(copy, *dict.fromkeys(test for *_, test in mutants)):
             raise SystemExit("a test is red before any fault is planted")
-        for fault, file, code, broken, test in MUTANTS:
+        for fault, file, code, broken, test in mutants:
             text = (copy / file).read_text()
-            found = text.count(code)
-            assert found == 1, f"{fault}: the code to break occurs {found} times in {file}"
             (copy / file).write_text(text.replace(code, broken))
             red = is_red(copy, test)
             (copy / file).write_text(text)
             survivors += not red
             print(f"{'caught  ' if red else 'SURVIVED'}  {fault:40} {test}", flush=True)
-    print(f"{len(MUTANTS) - survivors} passed, {survivors} failed")
+    print(f"{len(mutants) - survivors} passed, {survivors} failed")
     raise SystemExit(survivors > 0)
 
 

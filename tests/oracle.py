@@ -6,12 +6,11 @@ Written from the papers and the Hugging Face parameter names; it shares no line 
 import numpy as np
 
 
-def oracle_logits(
-    weights: dict[str, np.ndarray], config, tokens: list[int], depth: int | None = None
-) -> np.ndarray:
-    """Logits (T, vocab) after `depth` layers (None: all) for each position of `tokens`."""
+def oracle_logits(weights: dict[str, np.ndarray], config, tokens: list[int]) -> np.ndarray:
+    """Logits (T, vocab) for each position of `tokens`."""
+    weights = {name.removeprefix("model."): w for name, w in weights.items()}
     length, head_dim = len(tokens), config.head_dim
-    h = weights["model.embed_tokens.weight"][np.array(tokens)]
+    h = weights["embed_tokens.weight"][np.array(tokens)]
 
     def norm(x, name):
         mean_square = (x * x).mean(-1, keepdims=True)
@@ -27,8 +26,8 @@ def oracle_logits(
         turned = (x[..., :half] + 1j * x[..., half:]) * turn
         return np.concatenate([turned.real, turned.imag], -1)
 
-    for i in range(config.n_layers if depth is None else depth):
-        at = f"model.layers.{i}."
+    for i in range(config.n_layers):
+        at = f"layers.{i}."
         x = norm(h, at + "input_layernorm")
         q, k, v = (
             linear(x, f"{at}self_attn.{name}_proj").reshape(length, -1, head_dim) for name in "qkv"
@@ -46,5 +45,5 @@ def oracle_logits(
         gate = linear(x, at + "mlp.gate_proj")
         up = linear(x, at + "mlp.up_proj")
         h = h + linear(gate / (1 + np.exp(-gate)) * up, at + "mlp.down_proj")
-    head = weights["model.embed_tokens.weight" if config.tied else "lm_head.weight"]
-    return norm(h, "model.norm") @ head.T
+    head = weights["embed_tokens.weight" if config.tied else "lm_head.weight"]
+    return norm(h, "norm") @ head.T

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch
 import transformers
+from helpers import decode
 
-from decode import generate
 from exact import pack
 from model import load_checkpoint, save_checkpoint
 
@@ -95,14 +95,15 @@ def write(reference, theta: float, scaling: dict, old: bool, sharded: bool, path
     if old:
         written = json.loads((path / "config.json").read_text())
         written.pop("rope_parameters", None)
-        written["rope_theta"] = theta
         written["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
-        written["torch_dtype"] = written.pop("dtype", "float64")
+        written |= dict(rope_theta=theta, torch_dtype=written.pop("dtype", "float64"))
         (path / "config.json").write_text(json.dumps(written))
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).abs().max() / b.abs().max()).item()
+def relative(a: torch.Tensor, b: torch.Tensor, most: float, what: str) -> float:
+    error = ((a - b).abs().max() / b.abs().max()).item()
+    assert error < most, f"{what} logits differ by {error:.1e}"
+    return error
 
 
 @torch.no_grad()
@@ -113,43 +114,31 @@ def check(number: int, path: Path) -> tuple[float, float]:
     """
     config, theta, scaling = random_config(number)
     torch.manual_seed(number)
-    rope = {"rope_theta": theta, **scaling}
+    rope, read = {"rope_theta": theta, **scaling}, transformers.LlamaForCausalLM.from_pretrained
     settings = transformers.LlamaConfig(**config, rope_parameters=rope, attn_implementation="sdpa")
     reference = transformers.LlamaForCausalLM(settings).double().eval()
     write(reference, theta, scaling, number % 2 == 0, number % 3 == 0, path / "hf")
-    generator = torch.Generator().manual_seed(number)
-    tokens = torch.randint(config["vocab_size"], (2, 100), generator=generator)
-    expected = reference(tokens).logits
+    tokens = torch.randint(config["vocab_size"], (2, 100))
+    expected, what = reference(tokens).logits, f"case {number}:"
 
-    model = load_checkpoint(path / "hf")
+    model, narrow = load_checkpoint(path / "hf"), load_checkpoint(path / "hf", torch.float32)
     assert model.dtype == torch.float64
-    error64 = relative(model(tokens), expected)
-    assert error64 < 1e-9, f"case {number}: float64 logits differ by {error64:.1e}"
-    narrow = load_checkpoint(path / "hf", torch.float32)
-    error32 = relative(narrow(tokens), reference.float()(tokens).logits)
-    assert error32 < 1e-5, f"case {number}: float32 logits differ by {error32:.1e}"
+    error64 = relative(model(tokens), expected, 1e-9, f"{what} float64")
+    theirs = reference.float()(tokens).logits
+    error32 = relative(narrow(tokens), theirs, 1e-5, f"{what} float32")
 
-    prompt = tokens[:1, :20]
-    read = transformers.LlamaForCausalLM.from_pretrained
-    greedy = read(path / "hf", dtype=torch.float64).generate(
-        prompt,
-        attention_mask=torch.ones(1, 20),
-        max_new_tokens=32,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    how = dict(exit_layer=1, draft_len=4, max_new_tokens=32, eos=())
-    rounds = generate(pack(load_checkpoint(path / "hf")), prompt[0].tolist(), **how)
-    ids = [token for r in rounds for token in r.emitted]
-    assert ids == greedy[0, 20:].tolist(), f"case {number}: greedy tokens differ"
+    how = dict(do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=32)
+    prompt, mask = tokens[:1, :20], torch.ones(1, 20)
+    greedy = read(path / "hf", dtype=torch.float64).generate(prompt, attention_mask=mask, **how)
+    drafting = pack(load_checkpoint(path / "hf"))
+    ids = decode(drafting, prompt[0].tolist(), exit_layer=1, max_new_tokens=32).ids
+    assert ids == greedy[0, 20:].tolist(), f"{what} greedy tokens differ"
 
     save_checkpoint(model, path / "back")
     again = load_checkpoint(path / "back")
     assert dataclasses.replace(again.config, eos=model.config.eos) == model.config
-    back = read(path / "back", dtype=torch.float64)
-    same = torch.equal(back(tokens).logits, expected)
-    assert same, f"case {number}: transformers reads other logits from what was saved here"
+    same = torch.equal(read(path / "back", dtype=torch.float64)(tokens).logits, expected)
+    assert same, f"{what} transformers reads other logits from what was saved here"
     return error64, error32
 
 

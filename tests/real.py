@@ -5,16 +5,15 @@
 In float32: logits of 20 texts within 1e-5 relative to the largest, and greedy text equal, of
 prompts and of chats; tokens of 2,000 strings equal; streamed text equal to decoded text; what
 save_checkpoint writes gives transformers the same logits. Then each drafter's tokens and logits
-against plain decoding's, in both types, eager and compiled. Last, time and memory of loading. Exit
-code 1 where one of these does not hold.
+against plain decoding's, in both types, eager and compiled. Exit code 1 where one does not hold.
 """
 
 import argparse
 import pydoc_data.topics
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -23,30 +22,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np
 import torch
 import transformers
-from load_1b import LOAD, READ, figures
+from helpers import DRAFTERS, decode, same_bits
 
 from bench.tasks import held_out_prompts
-from decode import Sampling, generate
+from decode import Sampling
 from exact import pack
 from extras.chat import Chat
 from extras.compiled import compile_model
-from extras.drafters import parse_drafter
-from extras.kangaroo import Adapter, save_adapter
-from model import Llama, load_checkpoint, save_checkpoint
+from model import load_checkpoint, save_checkpoint
 from support.data import read_files, stdlib_files
 from support.tokenizer import Stream, Tokenizer
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 CKPT, EXIT, NEW = ROOT / "checkpoints" / "smollm2", 8, 64
-DRAFTERS = (
-    "exit",
-    "lookup",
-    "lookup+exit",
-    "jacobi",
-    "skip:attn:9,14,mlp:20",
-    "kangaroo:{adapter}",
-)
 LANGUAGES = (
     "機械学習のモデルは、次の単語を予測します。",
     "大型语言模型一次生成一个词元。",
@@ -89,18 +78,13 @@ def greedy(reference: transformers.LlamaForCausalLM, ids: list[int], eos: int | 
     return out[0, len(ids) :].tolist()
 
 
-def emitted(model: Llama, ids: list[int], **settings) -> tuple[list[int], torch.Tensor]:
-    """Tokens and logits (T, V) of a generation."""
-    rounds = list(generate(model, ids, **settings))
-    return [t for r in rounds for t in r.emitted], torch.cat([r.logits for r in rounds])
-
-
 @torch.no_grad()
 def against_transformers(tokenizer: Tokenizer) -> str:
     """Everything that transformers has too. Raises AssertionError where it differs."""
     read = transformers.LlamaForCausalLM.from_pretrained
-    reference, theirs = read(CKPT, dtype=torch.float32).eval(), transformers.AutoTokenizer
-    theirs, model, worst, longest = theirs.from_pretrained(CKPT), load(torch.float32), 0.0, 0
+    reference = read(CKPT, dtype=torch.float32).eval()
+    theirs = transformers.AutoTokenizer.from_pretrained(CKPT)
+    model, worst, longest = load_checkpoint(CKPT, torch.float32), 0.0, 0
     for text in strings(2000):
         ids = tokenizer.encode(text)
         assert ids == theirs(text).input_ids, f"other tokens for {text!r}"
@@ -119,46 +103,35 @@ def against_transformers(tokenizer: Tokenizer) -> str:
             worst, longest = max(worst, error), max(longest, x.shape[1])
     pack(model)
     for prompt in held_out_prompts(20, tokenizer, 64):
-        ids, _ = emitted(model, prompt, exit_layer=EXIT, max_new_tokens=NEW, eos=())
+        ids = decode(model, prompt, exit_layer=EXIT, max_new_tokens=NEW).ids
         assert ids == greedy(reference, prompt, None), "greedy text differs"
     chat = Chat(CKPT)
     for question in QUESTIONS:
         turns = [*chat.messages, dict(role="user", content=question)]
         ids = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         assert chat.ask(question) == ids, f"another rendering of {question!r}"
-        answer, _ = emitted(model, ids, max_new_tokens=NEW, eos=chat.ends)
+        answer = decode(model, ids, max_new_tokens=NEW, eos=chat.ends).ids
         assert answer == greedy(reference, ids, chat.ends[0]), "the answer differs"
         chat.keep(question, tokenizer.decode(answer[:-1]))
     said = f"logits of 20 texts (up to {longest:,} tokens) within {worst:.1e} of transformers'"
     return f"{said}; 2,000 strings, 20 greedy texts and {len(QUESTIONS)} chat answers equal"
 
 
-def load(dtype: torch.dtype) -> Llama:
-    return load_checkpoint(CKPT, dtype)
-
-
 def drafted(tokenizer: Tokenizer, prompts: int, tokens: int) -> Iterator[int]:
     """Tokens of each drafted run. Raises AssertionError where one is not plain decoding's."""
-    adapter = Path(tempfile.mkdtemp())
-    save_adapter(Adapter(load(torch.float32).config, EXIT), adapter, {})
     half = prompts // 2
-    asked = [Chat(CKPT).ask(f"Repeat this:\n{t}") for t in (d[:200] for d in texts()[:half])]
+    asked = [Chat(CKPT).ask(f"Repeat this:\n{t[:200]}") for t in texts()[:half]]
     starts = held_out_prompts(prompts - half, tokenizer, 64) + asked
-    for dtype in (torch.bfloat16, torch.float32):
-        for compiled in (False, True):
-            model = load(dtype)
-            names = [name.format(adapter=adapter) for name in DRAFTERS]
-            drafters = {name: parse_drafter(name, model, EXIT) for name in names}
-            model = compile_model(model, EXIT) if compiled else pack(model)
-            for number, ids in enumerate(starts if compiled else starts[::5]):  # eager is slow
-                how = dict(max_new_tokens=tokens, eos=())
-                how["sampling"] = Sampling(0.8 * (number % 2), seed=number)
-                plain, logits = emitted(model, ids, **how)
-                for name, settings in drafters.items():
-                    found, bits = emitted(model, ids, **how, **dict(draft_len=5) | settings)
-                    where = f"{name}, {dtype}, {'compiled' if compiled else 'eager'}"
-                    assert found == plain and torch.equal(bits, logits), f"{where} differs"
-                    yield len(found)
+    for dtype, compiled in product((torch.bfloat16, torch.float32), (False, True)):
+        model = load_checkpoint(CKPT, dtype)
+        model = compile_model(model, EXIT) if compiled else pack(model)
+        for number, ids in enumerate(starts if compiled else starts[::5]):  # eager is slow
+            how = dict(max_new_tokens=tokens, sampling=Sampling(0.8 * (number % 2), seed=number))
+            plain = decode(model, ids, **how)
+            for who, make in DRAFTERS.items():
+                found = decode(model, ids, **how, **make(model, EXIT))
+                assert same_bits(found, plain), f"{who}, {dtype}, compiled {compiled}, differs"
+                yield len(found.ids)
 
 
 def main() -> None:
@@ -172,12 +145,6 @@ def main() -> None:
         runs, total = runs + 1, total + count
         print(f"\r{runs} drafted runs", end="", file=sys.stderr, flush=True)
     print(f"\n{total:,} tokens in {runs} runs of {len(DRAFTERS)} drafters: 0 differences")
-    pairs = [(figures(READ, CKPT), figures(LOAD, CKPT)) for _ in range(5)]
-    seconds = statistics.median(load[0] / read[0] for read, load in pairs)
-    peak = max((load[1] - load[3]) / load[2] for _, load in pairs)
-    print(
-        f"loading takes {seconds:.2f} times reading the file, {peak:.2f} times its memory at most"
-    )
 
 
 if __name__ == "__main__":

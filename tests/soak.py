@@ -1,93 +1,109 @@
-"""The long run: drafted against plain decoding of the shipped checkpoint, bit for bit.
+"""The long run: drafters in turns against plain decoding, bit for bit.
 
-    python tests/soak.py                            20,000 greedy and 20,000 sampled tokens
-    python tests/soak.py --tokens 100000 --dtype float32 --how sampled
+    python tests/soak.py                                   20,000 greedy and 20,000 sampled tokens
+    python tests/soak.py --tokens 1000000 --compile --state soak.json     goes on where it stopped
 
-Exits, draft lengths, confidence stops and samplings are drawn at random. Prints one line with the
-number of mismatches; exit code 1 if there are any.
+A turn draws a prompt, and a sampling every second time. It decodes plainly to the end of the
+context, then with each drafter, at an exit, a draft length and a confidence that are drawn too
+(compiled: at the checkpoint's exit). Prints the number of mismatches, tokens whose id or logits
+differ; exit code 1 if there are any.
 """
 
 import argparse
+import json
 import sys
 from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
 import torch
+from helpers import DRAFTERS, decode, differences
 
 from bench.tasks import held_out_prompts
-from decode import Sampling, generate
+from decode import Sampling
 from exact import MAX_ROWS, pack
+from extras.compiled import compile_model
 from model import Llama
-from support.console import DEFAULT_CKPT, DTYPES, command_errors, load
+from support.checkpoint import read_json, whole_file
+from support.console import DEFAULT_CKPT, DTYPES, command_errors, default_settings, load
+
+WHO = "early exit", "lookup", "lookup+exit", "jacobi"
+LONGEST = 1000  # tokens of a text
 
 
-def soak(model: Llama, prompts: list[list[int]], count: int, sampled: bool, seed: int) -> Counter:
-    """Totals of at least `count` drafted-and-verified tokens, each held against plain decoding.
-
-    Each prompt is decoded plainly once, to the end of the context, and four times with another exit
-    and draft length. A mismatch is a token whose id or logits differ, or that one side lacks.
-    """
-    random, total = np.random.default_rng(seed), Counter(tokens=0)
-    while total["tokens"] < count:
-        prompt = prompts[random.integers(len(prompts))][: random.integers(1, 65)]
-        sampling = Sampling(
-            float(random.uniform(0.2, 1.2)) if sampled else 0.0,
-            int(random.choice([0, 40])),
-            float(random.choice([1.0, 0.9])),
-            int(random.integers(1 << 32)),
-        )
-        common = dict(max_new_tokens=model.config.max_len, sampling=sampling, eos=())
-        full = list(generate(model, prompt, **common))
-        plain, logits = [r.emitted[0] for r in full], torch.cat([r.logits for r in full])
-        for _ in range(4):
-            how = dict(
-                exit_layer=int(random.integers(1, model.config.n_layers)),
-                draft_len=int(random.integers(1, MAX_ROWS)),
-                min_confidence=float(random.choice([0.0, 0.3])),
-            )
-            rounds = list(generate(model, prompt, **how, **common))
-            ids = [token for r in rounds for token in r.emitted]
-            rows = torch.cat([r.logits for r in rounds])
-            same_bits = (rows[: len(logits)] == logits[: len(rows)]).all(-1).tolist()
-            same = sum(a == b and equal for a, b, equal in zip(ids, plain, same_bits))
-            total["mismatches"] += max(len(ids), len(plain)) - same
-            total["tokens"] += len(ids)
-            total["runs"] += 1
-            total["drafted"] += sum(len(r.drafted) for r in rounds)
-            total["accepted"] += sum(r.accepted for r in rounds)
-            print(f"\r{total['tokens']:,} of {count:,}", end="", file=sys.stderr, flush=True)
-    print("\r" + " " * 30, end="\r", file=sys.stderr, flush=True)
+def turn(
+    model: Llama, prompts: list[list[int]], exits: list[int], number: int, seed: int
+) -> Counter:
+    """Totals of turn `number`: a pure function of its arguments."""
+    random = np.random.default_rng([seed, number])
+    pick = lambda *choices: random.choice(choices).item()
+    prompt = prompts[random.integers(len(prompts))][: random.integers(1, 65)]
+    temperature = random.uniform(0.2, 1.2) * (number % 2)
+    sampling = Sampling(temperature, pick(0, 40), pick(1.0, 0.9), int(random.integers(1 << 32)))
+    how = dict(max_new_tokens=LONGEST, sampling=sampling)
+    plain, total = decode(model, prompt, **how), Counter(turns=1)
+    for who in WHO:
+        how |= dict(draft_len=int(random.integers(1, MAX_ROWS)), min_confidence=pick(0.0, 0.3))
+        own = DRAFTERS[who](model, pick(*exits))
+        text = decode(model, prompt, **how, **own)
+        if found := differences(text, plain):
+            print(f"\nturn {number}, {who} {own}, {how}: {found} mismatches", file=sys.stderr)
+        total["mismatches"] += found
+        total["tokens"] += len(text.ids)
+        total["drafted"] += sum(len(r.drafted) for r in text.rounds)
+        total["accepted"] += sum(r.accepted for r in text.rounds)
     return total
 
 
 def main() -> None:
     about = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p = argparse.ArgumentParser(prog="soak.py", **about)
-    p.add_argument("--ckpt", type=Path, default=DEFAULT_CKPT)
-    p.add_argument("--tokens", type=int, default=20_000, help="of each kind, at least")
-    p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
-    p.add_argument("--how", choices=["greedy", "sampled", "both"], default="both")
-    p.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    add = p.add_argument
+    add("--ckpt", type=Path, default=DEFAULT_CKPT)
+    add("--tokens", type=int, default=20_000, help="of each kind, at least")
+    add("--dtype", choices=["auto", *DTYPES], default="auto")
+    add("--compile", action="store_true")
+    add("--seed", type=int, default=0, help="of what is drawn")
+    add("--state", type=Path, metavar="FILE", help="keeps the totals; a run goes on from them")
     args = p.parse_args()
     with command_errors(p.prog):
         model, tokenizer = load(args.ckpt, args.dtype, "cpu")
-        prompts, total, parts = held_out_prompts(40, tokenizer, 64), Counter(), []
-        for kind in ("greedy", "sampled"):
-            if args.how in ("both", kind):
-                found = soak(pack(model), prompts, args.tokens, kind == "sampled", args.seed)
-                parts.append(f"{found['tokens']:,} {kind}")
-                total += found
-        share = total["accepted"] / max(total["drafted"], 1)
-        print(
-            f"{' and '.join(parts)} tokens in {total['runs']} runs, {share:.0%} of "
-            f"{total['drafted']:,} drafted accepted ({str(model.dtype)[6:]}, "
-            f"{torch.get_num_threads()} threads): {total['mismatches']} mismatches"
-        )
-    raise SystemExit(total["mismatches"] > 0)
+        prompts, exits = held_out_prompts(40, tokenizer, 64), range(1, model.config.n_layers)
+        if args.compile:
+            exits = [default_settings(args.ckpt, model.config, tokenizer)["exit_layer"]]
+            compile_model(model, exits[0])
+        else:
+            pack(model)
+        engine = f"{str(model.dtype)[6:]}, {'compiled' if args.compile else 'eager'}"
+        threads = torch.get_num_threads()
+        what = dict(ckpt=str(args.ckpt), engine=engine, seed=args.seed)
+        state = what | dict(greedy={}, sampled={})
+        if args.state and args.state.exists():
+            state = read_json(args.state)
+            if any(state.get(name) != value for name, value in what.items()):
+                raise ValueError(f"{args.state} is not of this run, {what}")
+        kinds = [Counter(state[name]) for name in ("greedy", "sampled")]
+        while min(total["tokens"] for total in kinds) < args.tokens:
+            number = sum(total["turns"] for total in kinds)  # greedy and sampled take turns
+            kinds[number % 2] += turn(model, prompts, [*exits], number, args.seed)
+            if args.state:
+                state |= dict(greedy=dict(kinds[0]), sampled=dict(kinds[1]))
+                with whole_file(args.state) as file:
+                    file.write(json.dumps(state, indent=2).encode())
+            done = min(total["tokens"] for total in kinds)
+            print(f"\r{done:,} of {args.tokens:,}", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+        for name, total in zip(("greedy", "sampled"), kinds):
+            share = total["accepted"] / max(total["drafted"], 1)
+            print(
+                f"{total['tokens']:,} {name} tokens in {len(WHO) * total['turns']} runs, "
+                f"{share:.0%} of {total['drafted']:,} drafted accepted "
+                f"({engine}, {threads} threads): {total['mismatches']} mismatches"
+            )
+    raise SystemExit(any(total["mismatches"] for total in kinds))
 
 
 if __name__ == "__main__":

@@ -6,37 +6,29 @@ from importlib import import_module
 
 import pytest
 import torch
-from helpers import tiny_config, tiny_model
+from helpers import DRAFTERS, decode, same_bits, tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 from decode import Sampling, generate
 from exact import pack
 from extras import compiled, products
-from extras.drafters import Jacobi, LookupExit, PromptLookup
 
 CONFIG = dict(n_layers=3, n_heads=2, n_kv_heads=1, dim=32, hidden_dim=48, head_dim=16, max_len=150)
+decode_90 = partial(decode, max_new_tokens=90)
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=str)
 def model(request):
-    """A compiled model; the second one has two key/value heads, so its graphs take one row."""
+    """A compiled model, with one key/value head, and one with two."""
     config = tiny_config(**CONFIG | dict(n_kv_heads=1 + (request.param == torch.float32)))
     return compiled.compile_model(tiny_model(config, damp_from=1, dtype=request.param), 1)
 
 
-def decoded(model, prompt, **how):
-    rounds = list(generate(model, prompt, max_new_tokens=90, eos=(), **how))
-    return [t for r in rounds for t in r.emitted], torch.cat([r.logits for r in rounds])
-
-
-DRAFTERS = [None, PromptLookup, Jacobi, partial(LookupExit, exit_layer=1)]
-DRAFTS = st.fixed_dictionaries(
-    dict(
-        draft_len=st.integers(1, 15),
-        min_confidence=st.sampled_from([0.0, 0.1, 0.4]),
-        drafter=st.sampled_from(DRAFTERS),
-    )
+DRAFTS = st.tuples(
+    st.sampled_from([*DRAFTERS]),
+    st.integers(1, 15).map(lambda d: dict(draft_len=d)),
+    st.sampled_from([0.0, 0.1, 0.4]).map(lambda c: dict(min_confidence=c)),
 )
 
 
@@ -45,32 +37,27 @@ DRAFTS = st.fixed_dictionaries(
     st.sampled_from([0.0, 0.0, 1.0]),
     st.lists(DRAFTS, min_size=3, max_size=3),
 )
-def test_compiled_tokens_and_logits_are_bitwise_the_plain_ones_whoever_drafts(
-    model, prompt, temperature, drafts
-):
+def test_compiled_text_is_bitwise_plain_whoever_drafts(model, prompt, temperature, drafts):
     sampling = Sampling(temperature, seed=3)
-    tokens, logits = decoded(model, prompt, sampling=sampling)
-    for how in drafts:
-        exit_layer = 0 if how["drafter"] else 1
-        again = decoded(model, prompt, sampling=sampling, exit_layer=exit_layer, **how)
-        assert again[0] == tokens and torch.equal(again[1], logits), how
+    plain = decode_90(model, prompt, sampling=sampling)
+    for who, length, confidence in drafts:
+        how = DRAFTERS[who](model, 1) | length | confidence
+        assert same_bits(decode_90(model, prompt, sampling=sampling, **how), plain), who
 
 
-def test_compiled_logits_are_nearly_those_of_the_packed_model(model):
+def test_compiled_logits_are_nearly_the_packed_models(model):
     packed = pack(tiny_model(model.config, damp_from=1, dtype=model.dtype))
-    (tokens, logits), (others, expected) = (decoded(m, [3, 1, 4]) for m in (model, packed))
+    (tokens, logits, _), (others, expected, _) = (decode(m, [3, 1, 4]) for m in (model, packed))
     same = next((i for i, (a, b) in enumerate(zip(tokens, others)) if a != b), len(tokens)) + 1
     tolerance = 0.3 if model.dtype == torch.bfloat16 else 1e-4
     assert same > 2
     torch.testing.assert_close(logits[:same], expected[:same], atol=tolerance, rtol=0)
 
 
-def test_threads_on_one_compiled_model_do_not_mix_their_texts(model):
-    jobs = [([p, 2, 5], dict(exit_layer=1, draft_len=4) if p % 2 else {}) for p in range(8)]
-    alone = [decoded(model, prompt, **how)[0] for prompt, how in jobs]
+def test_threads_on_one_model_do_not_mix_their_texts(model):
+    text = lambda p: decode_90(model, [p, 2, 5], exit_layer=p % 2, draft_len=4)
     with ThreadPoolExecutor(4) as threads:
-        together = list(threads.map(lambda job: decoded(model, job[0], **job[1])[0], jobs))
-    assert together == alone
+        assert all(map(same_bits, threads.map(text, range(8)), map(text, range(8))))
 
 
 def test_another_exit_than_the_compiled_one_is_refused(model):
@@ -78,7 +65,7 @@ def test_another_exit_than_the_compiled_one_is_refused(model):
         next(generate(model, [1, 2], exit_layer=2))
 
 
-def test_rows_that_do_not_keep_apart_are_refused_and_the_model_stays_plain(monkeypatch):
+def test_rows_that_do_not_keep_apart_leave_the_model_plain(monkeypatch):
     class Mixing:
         def __init__(self, model, cuts):
             pass
@@ -90,7 +77,7 @@ def test_rows_that_do_not_keep_apart_are_refused_and_the_model_stays_plain(monke
             return h
 
     monkeypatch.setattr(compiled, "Graphs", Mixing)
-    model = tiny_model(tiny_config())
+    model = tiny_model()
     with pytest.raises(ValueError, match="keep apart"):
         compiled.compile_model(model, 1)
     assert not {"run_layers", "unembed"} & vars(model).keys()
@@ -102,21 +89,20 @@ def test_what_cannot_be_compiled_is_refused(dtype, exit_layer):
         compiled.compile_model(tiny_model(tiny_config(**CONFIG), dtype=dtype), exit_layer)
 
 
-def test_graphs_are_compiled_once_for_the_same_weights(model, monkeypatch, capsys):
-    again = tiny_model(model.config, damp_from=1, dtype=model.dtype)
-    names = [compiled.fingerprint(again)]
+def test_the_same_weights_are_compiled_once(model, monkeypatch, capsys):
+    again, other = (tiny_model(model.config, damp_from=1, dtype=model.dtype) for _ in range(2))
+    name = compiled.fingerprint(again)
     with monkeypatch.context() as patch:  # would be needed to compile anew
         patch.setattr(torch.export, "export", None)
         compiled.compile_model(again, 1)
     assert "compiling" not in capsys.readouterr().err
-    _, logits = decoded(model, [3, 1, 4], exit_layer=1)
-    assert torch.equal(decoded(again, [3, 1, 4], exit_layer=1)[1], logits)
-    other = tiny_model(model.config, damp_from=1, dtype=model.dtype)
-    other.model.layers[2].mlp.up_proj.weight.data[5, 5] += 1
-    assert compiled.fingerprint(other) not in names
+    text = lambda model: decode(model, [3, 1, 4], exit_layer=1)
+    assert same_bits(text(again), text(model))
+    other.layers[2].mlp.up_proj.weight.data[5, 5] += 1
+    assert compiled.fingerprint(other) != name
 
 
-def test_this_pytorchs_products_have_what_is_changed_and_keep_it_elsewhere():
+def test_this_pytorchs_products_are_changed_and_put_back():
     with products.faster_products():
         gemm = import_module("torch._inductor.codegen.cpp_micro_gemm")
         kernel, configs = gemm.CppMicroGemmFP32Vec, gemm.micro_gemm_configs

@@ -1,69 +1,51 @@
 """Early exit runs fewer layers, the lens says what the model says, a trace holds the rounds."""
 
 import json
-import sys
+from io import BytesIO
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import tiny_config, tiny_model
+from helpers import decode, tiny_config, tiny_model
 from matplotlib.figure import Figure
 
 from decode import Round, Sampling, generate, new_cache, next_token
-from exact import RowAttention, pack
+from exact import pack
 from extras import early_exit, lens, trace
 from extras.early_exit import generate_confident, keep_layers
 from extras.lens import choose_exit, draw, exits, layers_needed
 from extras.trace import boxes, piece, trace_json
-from model import load_checkpoint, save_checkpoint
+from model import load_checkpoint
 from porting import check
 from support.console import load
 
 COMMANDS = dict(trace=trace, lens=lens, early_exit=early_exit)
-PROMPT = ["--prompt", "def f(x):"]
-
-
-@pytest.fixture(scope="module")
-def ckpt(shipped, tmp_path_factory):
-    """A small checkpoint whose first two of four layers foresee most of what the whole says."""
-    path = tmp_path_factory.mktemp("ckpt")
-    config = tiny_config(vocab_size=2048, bos=1, max_len=200, tied=True)
-    save_checkpoint(tiny_model(config, damp_from=2), path)
-    (path / "tokenizer.model").write_bytes((shipped / "tokenizer.model").read_bytes())
-    return path
+PROMPT = "def f(x):"
 
 
 @pytest.fixture
-def cli(ckpt, capsys, monkeypatch):
+def cli(command, small):
     """cli("trace", "--exit", "2") -> code, out, err of a command on the small checkpoint."""
-
-    def call(name, *args, prompt=PROMPT):
-        monkeypatch.setattr(sys, "argv", [name, "--ckpt", str(ckpt), *prompt, *args])
-        code = 0
-        try:
-            COMMANDS[name].main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err)
-
-    return call
+    return lambda name, *args: command(
+        COMMANDS[name].main, "--ckpt", str(small), "--prompt", PROMPT, *args
+    )
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Early exit
 
 
-def test_a_model_of_some_layers_is_those_layers_in_their_order_and_the_whole_stays():
-    whole, x = tiny_model(tiny_config()), torch.arange(7)[None]
+def test_a_model_of_some_layers_is_those_and_the_whole_stays():
+    whole, x = tiny_model(), torch.arange(7)[None]
     h, before = whole.embed(x), whole(x)
     for l in (0, 2, 3):
         h = whole.run_layers(h, l, l + 1)
     thin = keep_layers(whole, (0, 2, 3))
     assert torch.equal(thin(x), whole.unembed(h)) and thin.config.n_layers == 3
-    assert not thin.training and thin.model.layers[1] is whole.model.layers[2]
-    assert keep_layers(pack(tiny_model(tiny_config())), (0, 1)).row_attention is RowAttention
+    assert not thin.training and thin.layers[1] is whole.layers[2]
     assert torch.equal(whole(x), before) and whole.config.n_layers == 4
+    pack(whole)
+    assert keep_layers(whole, (0, 1)).row_attention is whole.row_attention
 
 
 @torch.inference_mode()
@@ -76,133 +58,104 @@ def exit_text(model, prompt, count, depth, sampling=Sampling()):
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("packed_first", [True, False])
-def test_a_model_of_the_first_layers_decodes_as_an_exit_there(packed_first):
-    whole = tiny_model(tiny_config(), damp_from=2, dtype=torch.float64)
-    expected = exit_text(whole, [3, 1, 4], 20, 2)
-    thin = keep_layers(pack(whole) if packed_first else whole, range(2))
-    rounds = generate(pack(thin), [3, 1, 4], max_new_tokens=20, eos=())
-    assert [t for r in rounds for t in r.emitted] == expected
-
-
-def confident(model, confidence, exit_layer=2, prompt=(7, 3), count=40, temperature=0.0):
+def confident(model, confidence, exit_layer=2, prompt=(7, 3), count=40, temperature=0.0, eos=()):
     sampling = Sampling(temperature, seed=5)
-    settings = dict(exit_layer=exit_layer, max_new_tokens=count, sampling=sampling, eos=())
+    settings = dict(exit_layer=exit_layer, max_new_tokens=count, sampling=sampling, eos=eos)
     return list(generate_confident(model, list(prompt), confidence, settings))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_confident_exits_span_the_first_exit_alone_and_the_full_model(temperature):
+def test_confident_exits_span_the_first_exit_and_the_full_model(temperature):
     model = tiny_model(tiny_config(n_layers=8), damp_from=3, dtype=torch.float64)
     sampling = Sampling(temperature, seed=5)
     alone, full = (exit_text(model, [7, 3], 40, depth, sampling) for depth in (2, 8))
     pack(model)
-    always, never, between = (
-        confident(model, c, temperature=temperature) for c in (1e-9, 1.0, 0.2)
-    )
-    assert always == [(token, 2) for token in alone]
+    always, never = (confident(model, c, temperature=temperature) for c in (1e-9, 1.0))
+    assert always == [(token, 2) for token in alone] != never
     assert never == [(token, 8) for token in full]
-    depths = {depth for _, depth in between}
-    assert {2, 8} <= depths <= set(range(2, 9)) and always != never
 
 
-def test_a_token_leaves_at_the_first_exit_that_is_sure_and_fills_the_layers_it_skips(monkeypatch):
+def test_a_token_leaves_at_the_first_sure_exit_and_fills_what_it_skips(monkeypatch):
     """By hand: every exit's confidence, and keys and values as if its last state entered each."""
     caches = []
-
-    def kept_cache(*shape):
-        caches.append(new_cache(*shape))
-        return caches[-1]
-
-    monkeypatch.setattr(early_exit, "new_cache", kept_cache)
+    keep = lambda *shape: caches.append(new_cache(*shape)) or caches[-1]
+    monkeypatch.setattr(early_exit, "new_cache", keep)
     model = pack(tiny_model(tiny_config(n_layers=16), damp_from=3))
-    c, prompt = model.config, [7, 3, 9]
+    layers, prompt = 16, [7, 3, 9]
     found = confident(model, 0.25, exit_layer=3, prompt=prompt)
     with torch.inference_mode():
-        cache = new_cache(c, 64, 0, model.dtype, model.device)
-        model.run_layers(model.embed(torch.tensor(prompt[:-1])), 0, c.n_layers, cache)
+        cache = new_cache(model, 64, 0)
+        model.run_layers(model.embed(torch.tensor(prompt[:-1])), 0, layers, cache)
+        text = prompt + [token for token, _ in found]
         for place, (token, depth) in enumerate(found, len(prompt) - 1):
-            last = prompt[-1] if place < len(prompt) else found[place - len(prompt)][0]
-            h, sure = model.embed(torch.tensor([last])), []
-            for l in range(c.n_layers):
+            h, sure = model.embed(torch.tensor([text[place]])), []
+            for l in range(layers):
                 h = model.run_layers(h, l, l + 1, cache, place)
                 if l + 1 == depth:
+                    left = h
                     assert int(model.unembed(h)[0].argmax()) == token
-                    entered = h
                 if l + 1 > depth:
-                    model.run_layers(entered, l, l + 1, cache, place)
-                sure.append(model.unembed(h)[0].softmax(-1).max().item())
-            exits = [e for e in (3, 5, 7, 9, 11, 13, 15) if e < depth]
-            assert depth in (3, 5, 7, 9, 11, 13, 15, 16)
-            assert all(sure[e - 1] < 0.25 for e in exits)
-            assert depth == 16 or sure[depth - 1] >= 0.25
+                    model.run_layers(left, l, l + 1, cache, place)
+                sure.append(model.unembed(h)[0].softmax(-1).max().item() >= 0.25)
+            exits = [3, 5, 7, 9, 11, 13, 15, 16]
+            assert depth == next((e for e in exits if sure[e - 1]), 16)
     length = caches[0].length
     assert length == len(prompt) - 1 + 40 and len({depth for _, depth in found}) > 2
     for ours, by_hand in ((caches[0].keys, cache.keys), (caches[0].values, cache.values)):
         torch.testing.assert_close(ours[:, :, :length], by_hand[:, :, :length])
 
 
-def test_a_confident_exit_stops_at_the_end_of_text_and_of_the_context():
+def test_a_confident_exit_stops_with_the_text_and_the_context():
     model = pack(tiny_model(tiny_config(max_len=30), damp_from=2))
     free = [token for token, _ in confident(model, 0.3)]
     assert len(free) == 28
-    settings = dict(exit_layer=2, max_new_tokens=40, sampling=Sampling(), eos=(free[5],))
-    ended = [token for token, _ in generate_confident(model, [7, 3], 0.3, settings)]
+    ended = [token for token, _ in confident(model, 0.3, eos=(free[5],))]
     assert ended == free[: free.index(free[5]) + 1]
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        dict(confidence=0.0),
-        dict(confidence=1.5),
-        dict(exit_layer=4),
-        dict(exit_layer=-1),
-        dict(count=0),
-        dict(prompt=()),
-    ],
-)
-def test_a_confident_exit_that_cannot_run_is_refused(bad):
+BAD_EXITS = [
+    ("confidence", 0.0),
+    ("confidence", 1.5),
+    ("exit_layer", 4),
+    ("count", 0),
+    ("prompt", ()),
+]
+
+
+@pytest.mark.parametrize("name, value", BAD_EXITS)
+def test_a_confident_exit_that_cannot_run_is_refused(name, value):
     with pytest.raises(ValueError):
-        confident(tiny_model(tiny_config()), **{"confidence": 0.5, **bad})
+        confident(tiny_model(), **{"confidence": 0.5, name: value})
 
 
-def test_the_command_says_how_many_layers_a_token_ran(cli, ckpt):
+def test_the_command_says_how_many_layers_a_token_ran(cli, small):
     few = ("early_exit", "--max-new-tokens", "9", "--confidence")
-    always = cli(*few, "0.00001", "--exit", "1")
-    assert always.code == 0 and "\033" not in always.out
-    assert "1.00 of 4 layers per token" in always.err
-    never = cli(*few, "1")
-    assert "4.00 of 4 layers per token" in never.err and len(never.out) > 5
+    always, never = cli(*few, "0.00001", "--exit", "1"), cli(*few, "1")
+    assert always.code == 0 and "\033" not in always.out and len(never.out) > 5
+    assert "1.00 of 4 layers" in always.err and "4.00 of 4 layers" in never.err
     pruned = cli(*few, "1", "--keep-every", "2")
     assert "2.00 of 2 layers per token" in pruned.err
-    assert "--keep-every must be 1 or more, not 0" in cli(*few, "1", "--keep-every", "0").err
-    model, tokenizer = load(ckpt)
-    ids = tokenizer.encode("def f(x):")
-    rounds = generate(pack(keep_layers(model, (0, 2))), ids, max_new_tokens=9)
-    said = [t for r in rounds for t in r.emitted]
-    assert pruned.out.rstrip("\n") == tokenizer.decode(ids + said)[len("def f(x):") :].rstrip("\n")
+    model, tokenizer = load(small)
+    ids = tokenizer.encode(PROMPT)
+    said = decode(pack(keep_layers(model, (0, 2))), ids, max_new_tokens=9, eos=(2,)).ids
+    text = tokenizer.decode(ids + said)[len(PROMPT) :]
+    assert pruned.out.rstrip("\n") == text.rstrip("\n")
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Lens
 
 
-@pytest.mark.parametrize(
-    "most, prefilled, passes",
-    [
-        ((512, 16), 0, [12]),
-        ((512, 16), 8, [8, 4]),
-        ((5, 3), 8, [5, 3, 3, 1]),
-        ((5, 3), 11, [5, 5, 1, 1]),
-    ],
-)
-def test_every_exit_says_what_its_layers_say_in_passes_like_generates(
-    monkeypatch, most, prefilled, passes
-):
+@pytest.mark.parametrize("most, prefilled, passes", [
+    ((512, 16), 0, [12]),
+    ((512, 16), 8, [8, 4]),
+    ((5, 3), 8, [5, 3, 3, 1]),
+    ((5, 3), 11, [5, 5, 1, 1]),
+])  # fmt: skip
+def test_exits_say_what_their_layers_say_in_generates_passes(monkeypatch, most, prefilled, passes):
     monkeypatch.setattr(lens, "PREFILL_ROWS", most[0])
     monkeypatch.setattr(lens, "MAX_ROWS", most[1])
-    model = tiny_model(tiny_config(), dtype=torch.float64)
+    model = tiny_model(dtype=torch.float64)
     tokens = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32]
     with torch.inference_mode():
         after = [model.run_layers(model.embed(torch.tensor([tokens])), 0, e) for e in range(1, 5)]
@@ -217,12 +170,12 @@ def test_every_exit_says_what_its_layers_say_in_passes_like_generates(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_last_row_is_the_full_models_text_though_two_tokens_tie(seed):
+def test_the_last_row_is_the_text_though_two_tokens_tie(seed):
     """Half of these heads' rows are doubles of the other half, so that nearly every choice ties."""
-    model = tiny_model(tiny_config(), seed, dtype=torch.bfloat16)
+    model = tiny_model(None, seed, dtype=torch.bfloat16)
     model.lm_head.weight.data[30:60] = model.lm_head.weight.data[:30]
     prompt = [seed, 2, 3, 4, 5]
-    new = [t for r in generate(pack(model), prompt, max_new_tokens=40, eos=()) for t in r.emitted]
+    new = decode(pack(model), prompt, max_new_tokens=40).ids
     said, _ = exits(model, prompt + new, len(prompt) - 1)
     assert said[-1, len(prompt) - 1 : -1].tolist() == new
 
@@ -241,25 +194,22 @@ def test_a_token_is_one_printable_piece(shipped):
     assert piece(tokenizer, 1) == "<1>"
 
 
-def test_a_line_of_the_lens_tells_what_every_exit_says_and_how_many_layers_are_needed(cli, ckpt):
-    """Each word stands from its exit on until the next word."""
-    model, tokenizer = load(ckpt)
-    ids = tokenizer.encode("def f(x):")
-    run = cli("lens", "--max-new-tokens", "5")
+def test_a_line_of_the_lens_tells_what_every_exit_says(cli, small):
+    """And how many layers are needed. Each word stands from its exit on until the next word."""
+    model, tokenizer = load(small)
+    ids, run = tokenizer.encode(PROMPT), cli("lens", "--max-new-tokens", "5")
     assert run.code == 0 and "\033" not in run.out
     header, *lines = [line.split() for line in run.out.splitlines()]
-    new = [t for r in generate(pack(model), ids, max_new_tokens=5) for t in r.emitted]
+    new = decode(pack(model), ids, max_new_tokens=5, eos=(2,)).ids
     said, _ = exits(model, ids + new, len(ids) - 1)
     needed = layers_needed(said).tolist()
-    assert header[0] == "needs" and [int(line[0]) for line in lines] == needed
-    assert f"needs {sum(needed) / len(needed):.2f} of 4 on average" in run.err
+    assert header[0] == "needs" and f"needs {sum(needed) / len(needed):.2f} of 4" in run.err
     tokens = [piece(tokenizer, t) for t in ids] + ["+" + piece(tokenizer, t) for t in new]
-    assert [line[1] for line in lines] == tokens
+    assert [line[:2] for line in lines] == [[str(e), token] for e, token in zip(needed, tokens)]
     for t, (_, _, *rest) in enumerate(lines):
         words = dict(zip(map(int, rest[::2]), rest[1::2]))
         shown = [words[max(e for e in words if e <= exit_layer)] for exit_layer in range(1, 5)]
         assert shown == [piece(tokenizer, row[t]) for row in said.tolist()]
-        assert t + 1 < len(ids) or t + 1 == len(tokens) or "+" + shown[-1] == tokens[t + 1]
 
 
 def test_the_figure_is_a_whole_png(cli, tmp_path):
@@ -268,24 +218,17 @@ def test_the_figure_is_a_whole_png(cli, tmp_path):
     assert run.code == 0 and "exit" in run.out and "on average" in run.err
     assert {f.name for f in tmp_path.iterdir()} == {"lens.png", "lens.png.new"}
     assert (tmp_path / "lens.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "lens.png.new").read_text() == "mine"
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_the_figure_takes_any_token(tmp_path):
-    words = [["$x_{$", "漢字"], ["a long word", "\\"], ["$$", "a^b"]]
-    draw(tmp_path / "f.png", words, torch.tensor([[-0.9, 0.5], [1, 0]]), [2, 1])
-    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_figure_has_a_cell_for_every_exit_and_token_and_a_line_at_the_layers_needed(
-    tmp_path, monkeypatch
-):
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **how: drawn.append(figure))
+def test_the_figure_has_a_cell_for_every_exit_and_token(monkeypatch):
+    """And a line at the layers needed. A token may be anything."""
+    drawn, save = [], Figure.savefig
+    keep = lambda figure, *to, **how: drawn.append(figure) or save(figure, *to, **how)
+    monkeypatch.setattr(Figure, "savefig", keep)
     shades = torch.tensor([[-0.9, 0.5, 0.1], [1, 0.25, -0.5]])
-    words = [list("xyz"), list("abc"), list("dbe")]
-    draw(tmp_path / "f.png", words, shades, [2, 1, 2])
+    words = [["$x_{$", "漢字", "z"], ["\\", "$$", "a^b"], list("dbe")]
+    draw(BytesIO(), words, shades, [2, 1, 2])
     (axis,) = drawn[0].axes
     assert torch.equal(torch.tensor(axis.images[0].get_array().data)[1:], shades)
     cells = {text.get_position(): text.get_text() for text in axis.texts}
@@ -295,7 +238,7 @@ def test_the_figure_has_a_cell_for_every_exit_and_token_and_a_line_at_the_layers
     assert line.get_data().edges.tolist() == [-0.5, 0.5, 1.5, 2.5]
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # --exit auto
 
 
@@ -304,44 +247,29 @@ def chosen(monkeypatch, right, sure, seconds):
 
     The second and third are always sure and never right. seconds(layers, rows) is a pass.
     """
-    said = torch.ones(4, len(right), dtype=torch.long)
-    said[0], said[3] = ~torch.tensor(right), 0
-    probability = torch.ones(4, len(right))
-    probability[0] = torch.tensor(sure).float()
+    said, probability = torch.ones(4, len(right), dtype=torch.long), torch.ones(4, len(right))
+    said[0], said[3], probability[0] = ~torch.tensor(right), 0, torch.tensor(sure).float()
     monkeypatch.setattr(lens, "exits", lambda model, tokens: (said, probability))
     monkeypatch.setattr(lens, "pass_seconds", lambda model: seconds)
     settings = dict(exit_layer=5, draft_len=9, min_confidence=0.5)
-    model = SimpleNamespace(config=tiny_config())
-    found = choose_exit(model, [0] * len(right), settings)
-    assert found.keys() == {"exit_layer", "draft_len"}
-    return tuple(found.values())
+    found = choose_exit(SimpleNamespace(config=tiny_config()), [0] * len(right), settings)
+    return found["exit_layer"], found["draft_len"]
 
 
-def test_the_exit_and_length_chosen_make_the_most_tokens_per_second_of_the_prompt(monkeypatch):
+def test_the_exit_and_length_chosen_make_the_most_of_the_prompt(monkeypatch):
     """The first exit is right ten times, then wrong five times, three times over.
 
     Where only layers cost, a round with k guesses takes k + 4. Per 15 tokens of the prompt, d = 1
     makes 10 rounds of 5, d = 2 makes 8 of 6, d = 3 makes 7 of 7.
     """
-    right = ([True] * 10 + [False] * 5) * 3
-    always = [True] * 45
+    right, always = ([True] * 10 + [False] * 5) * 3, [True] * 45
     assert chosen(monkeypatch, right, always, lambda layers, rows: layers) == (1, 2)
     assert chosen(monkeypatch, right, always, lambda layers, rows: layers * rows) == (1, 1)
     # A doubtful guess is not drafted, so a long draft costs nothing where the exit is wrong.
     assert chosen(monkeypatch, right, right, lambda layers, rows: layers) == (1, 10)
 
 
-def test_the_exit_chosen_is_the_first_that_agrees_with_the_model(monkeypatch):
-    monkeypatch.setattr(lens, "pass_seconds", lambda model: lambda layers, rows: layers + 1.0)
-    model = tiny_model(tiny_config(n_layers=8), damp_from=3, damping=0.0)
-    prompt = torch.randint(61, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-    found = choose_exit(model, prompt, dict(exit_layer=5, draft_len=9, min_confidence=0.0))
-    assert found["exit_layer"] == 3 and found["draft_len"] > 3
-
-
-def test_a_short_prompt_keeps_the_settings_and_of_a_long_one_the_end_is_read(
-    monkeypatch,
-):
+def test_a_short_prompt_keeps_the_settings_a_long_ones_end_is_read(monkeypatch):
     model = tiny_model(tiny_config(n_layers=8), damp_from=3)
     settings = dict(exit_layer=5, draft_len=9, min_confidence=0.3, eos=(2,))
     assert choose_exit(model, [3] * 15, settings) == dict(exit_layer=5, draft_len=9)
@@ -355,57 +283,55 @@ def test_a_short_prompt_keeps_the_settings_and_of_a_long_one_the_end_is_read(
     assert read == [prompt[:1] + prompt[-128:]]
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Trace
 
-ROUNDS = {  # drafted, accepted, emitted: signs
-    "one wrong": ([1, 2, 3, 4], 1, [1, 9], "✓✗--+"),
-    "all right": ([1, 2], 2, [1, 2, 9], "✓✓+"),
-    "all wrong": ([1, 2], 0, [9], "✗-+"),
-    "nothing drafted": ([], 0, [9], "+"),
-    "ends with an accepted EOS": ([1, 5], 2, [1, 5], "✓✓"),
-    "drafted beyond an accepted EOS": ([1, 5, 7], 2, [1, 5], "✓✓-"),
+ROUNDS = {  # drafted, emitted: signs
+    "one wrong": ([1, 2, 3, 4], [1, 9], "✓✗--+"),
+    "all right": ([1, 2], [1, 2, 9], "✓✓+"),
+    "all wrong": ([1, 2], [9], "✗-+"),
+    "nothing drafted": ([], [9], "+"),
+    "ends with an accepted EOS": ([1, 5], [1, 5], "✓✓"),
+    "drafted beyond an accepted EOS": ([1, 5, 7], [1, 5], "✓✓-"),
 }
 
 
 @pytest.mark.parametrize("case", ROUNDS)
 def test_boxes_hold_exactly_the_tokens_of_the_round(case):
-    drafted, accepted, emitted, signs = ROUNDS[case]
-    found = boxes(Round(drafted, accepted, emitted, None, 0.0, 0.0))
+    drafted, emitted, signs = ROUNDS[case]
+    found = boxes(Round(drafted, emitted, None))
     assert "".join(sign for sign, _ in found) == signs
     assert [token for sign, token in found if sign in "✓+"] == emitted
     assert [token for sign, token in found if sign != "+"] == drafted
 
 
 HOW = {
-    "early exit": ["--exit", "2", "--draft", "4", "--min-confidence", "0"],
-    "sampled": ["--exit", "1", "--draft", "3", "--temperature", "0.9", "--seed", "3"],
-    "plain": ["--exit", "0"],
+    "early exit": "--exit 2 --draft 4 --min-confidence 0",
+    "sampled": "--exit 1 --draft 3 --temperature 0.9 --seed 3",
+    "plain": "--exit 0",
 }
+NAMES = ["temperature", "top_k", "top_p", "seed"]
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_the_trace_is_a_line_a_round_and_its_file_repeats_the_run(cli, ckpt, tmp_path, how):
+def test_a_trace_is_a_line_a_round_and_its_file_repeats_the_run(cli, small, tmp_path, how):
     file = tmp_path / "trace.json"
     (tmp_path / "trace.json.new").write_text("mine")
-    run = cli("trace", *HOW[how], "--max-new-tokens", "30", "--json", str(file))
+    run = cli("trace", *HOW[how].split(), "--max-new-tokens", "30", "--json", str(file))
     assert run.code == 0 and "\033" not in run.out and "30 tokens in" in run.err
     assert {f.name for f in tmp_path.iterdir()} == {"trace.json", "trace.json.new"}
     case = json.loads(file.read_bytes())["cases"][0]
-    model, tokenizer = load(ckpt)
-    assert case["prompt"] == tokenizer.encode("def f(x):")
-    names = ["temperature", "top_k", "top_p", "seed"]
-    sampling = Sampling(**{name: case["settings"].pop(name) for name in names})
-    rounds = list(generate(pack(model), case["prompt"], sampling=sampling, **case["settings"]))
-    kept = ("drafted", "accepted", "emitted")
-    written = [[r[k] for k in kept] for r in case["rounds"]]
-    assert [[getattr(r, k) for k in kept] for r in rounds] == written
-    known = len(case["prompt"])
-    for line, r in zip(run.out.splitlines(), case["rounds"], strict=True):
-        known += len(r["emitted"])
-        assert r["length"] == known - 1 and r["draft_seconds"] >= 0 < r["verify_seconds"]
-        assert line.count(" ms ") == 2 and line.count("[✓") == r["accepted"]
-    assert known == len(case["prompt"]) + 30 and max(len(r["drafted"]) for r in case["rounds"]) <= 4
+    model, tokenizer = load(small)
+    assert case["prompt"] == tokenizer.encode(PROMPT)
+    how, known = case["settings"], len(case["prompt"])
+    sampling = Sampling(**{name: how.pop(name) for name in NAMES})
+    rounds = decode(pack(model), case["prompt"], sampling=sampling, **how).rounds
+    assert max(len(r.drafted) for r in rounds) <= 4
+    for line, r, written in zip(run.out.splitlines(), rounds, case["rounds"], strict=True):
+        known += len(r.emitted)
+        told = dict(drafted=r.drafted, accepted=r.accepted, emitted=r.emitted, length=known - 1)
+        assert written == told and line.count("[✓") == r.accepted
+    assert known == len(case["prompt"]) + 30
 
 
 def test_the_checker_of_ports_reads_a_trace():
@@ -413,61 +339,47 @@ def test_the_checker_of_ports_reads_a_trace():
     golden = json.loads((check.GOLDEN / "cases.json").read_text())["cases"]
     case = next(c for c in golden if c["settings"]["exit_layer"] and c["settings"]["temperature"])
     settings = {**case["settings"], "eos": tuple(case["settings"]["eos"])}
-    names = ["temperature", "top_k", "top_p", "seed"]
-    settings["sampling"] = Sampling(**{name: settings.pop(name) for name in names})
+    settings["sampling"] = Sampling(**{name: settings.pop(name) for name in NAMES})
     model = pack(load_checkpoint(check.GOLDEN / "model", torch.float32))
     rounds = list(generate(model, case["prompt"], **settings))
-    written = trace_json(rounds, case["prompt"], settings)
+    written = json.loads(json.dumps(trace_json(rounds, case["prompt"], settings)))
     written["cases"][0]["name"] = case["name"]
-    written = json.loads(json.dumps(written))
     assert check.check(written).broken is None
     written["cases"][0]["rounds"][0]["length"] += 1
     assert check.check(written).broken.rule == "5.4"
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # The commands
 
 
 @pytest.mark.parametrize("name, option", [("trace", "--json"), ("lens", "--png")])
 @pytest.mark.parametrize("path", ["missing/f", ".", "/dev/null", "a\0b", "n" * 300])
-def test_a_path_that_cannot_be_written_is_refused_before_a_model_is_loaded(
-    cli, tmp_path, monkeypatch, name, option, path
-):
+def test_an_unwritable_path_is_refused_first(cli, tmp_path, monkeypatch, name, option, path):
     monkeypatch.setattr(COMMANDS[name], "start", None)
     monkeypatch.chdir(tmp_path)
     run = cli(name, option, path)
     assert run.code == 2 and run.err.count("\n") == 1 and not run.out and not [*tmp_path.iterdir()]
 
 
-BAD = (
-    """
+BAD = """
 trace --exit 4
-trace --draft 16
-trace --min-confidence 1
-trace --temperature -1
-trace --seed -1
-trace --max-new-tokens 0
 trace --exit two
+trace --temperature -1
 lens --max-new-tokens -1
 lens --ckpt none
 lens --prompt=\udcff
 early_exit --confidence 0
-early_exit --exit 9
 early_exit --keep-every 0
-early_exit --keep-every x
-""".strip().splitlines()
-    + ["lens --max-new-tokens 0 --prompt=" + "x" * 2000]
-)
+"""
 
 
-@pytest.mark.parametrize("options", BAD)
+@pytest.mark.parametrize("options", [*BAD.strip().splitlines(), "lens --prompt=" + "x" * 2000])
 def test_what_cannot_run_is_one_line_and_exit_code_2(cli, options):
     run = cli(*options.split())
     assert run.code == 2 and not run.out
-    lines = [line for line in run.err.splitlines() if not line.startswith(("usage:", " "))]
-    assert len(lines) == 1 + lines[0].startswith("✓") and ": " in lines[-1]
-    assert "Traceback" not in run.err
+    lines = [line for line in run.err.splitlines() if not line.startswith(("usage:", " ", "✓"))]
+    assert len(lines) == 1 and ": " in lines[0]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

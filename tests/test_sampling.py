@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,20 +13,16 @@ from decode import Sampling, accept, gumbel, keep_likely, next_token
 LOGITS = torch.tensor([2.0, 1.5, 1.4, 0.5, 0.0, -0.3, -1.0, -2.0, 0.9, 0.7])
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        Sampling(1.0),
-        Sampling(0.6),
-        Sampling(1.7, top_k=4),
-        Sampling(1.0, top_p=0.8),
-        Sampling(1.3, 6, 0.9, 11),
-    ],
-)
+@pytest.mark.parametrize("sampling", [
+    Sampling(1.0),
+    Sampling(0.6),
+    Sampling(1.7, top_k=4),
+    Sampling(1.0, top_p=0.8),
+    Sampling(1.3, 6, 0.9, 11),
+])  # fmt: skip
 def test_tokens_follow_the_filtered_softmax(sampling):
     """By a chi-square test against a filter by hand: top_k first, then top_p of what is left."""
-    draws = 20_000
-    counts = torch.zeros(len(LOGITS))
+    draws, counts = 20_000, torch.zeros(len(LOGITS))
     for position in range(draws):
         counts[next_token(LOGITS, position, sampling)] += 1
     scaled = (LOGITS / sampling.temperature).double()
@@ -33,15 +30,12 @@ def test_tokens_follow_the_filtered_softmax(sampling):
     kept = order[: sampling.top_k] if sampling.top_k else order
     probability = [math.exp(scaled[i]) for i in kept]
     probability = [p / sum(probability) for p in probability]
-    total, cut = 0.0, []
+    total, expected = 0.0, torch.zeros(len(LOGITS))
     for i, p in zip(kept, probability):
         if total < sampling.top_p:
-            cut.append((i, p))
+            expected[i] = p
         total += p
-    mass = sum(p for _, p in cut)
-    expected = torch.zeros(len(LOGITS))
-    for i, p in cut:
-        expected[i] = draws * p / mass
+    expected *= draws / expected.sum()
     inside = expected > 0
     assert counts[~inside].sum() == 0
     chi_square = ((counts - expected)[inside] ** 2 / expected[inside]).sum().item()
@@ -49,14 +43,14 @@ def test_tokens_follow_the_filtered_softmax(sampling):
     assert chi_square < degrees + 4 * math.sqrt(2 * degrees)  # about one in twenty thousand
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_temperature_zero_is_the_first_of_the_likeliest_tokens(dtype):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_temperature_zero_is_the_first_of_the_likeliest(dtype):
     assert next_token(LOGITS.to(dtype), 3, Sampling(0.0, seed=9)) == 0
     tied = torch.tensor([0.0, 2.0, 1.0, 2.0] * 9, dtype=dtype)
     assert next_token(tied, 3, Sampling(0.0, top_k=2, top_p=0.1)) == 1
 
 
-def test_a_token_depends_on_its_logits_seed_and_position_alone():
+def test_a_token_depends_on_logits_seed_and_position_alone():
     """Not on other rows, nor on what was drawn before."""
     sampling, rows = Sampling(1.0, 5, 0.9, seed=3), torch.randn(16, 100)
     tokens = [next_token(row, 7 + i, sampling) for i, row in enumerate(rows)]
@@ -70,14 +64,13 @@ def test_noise_is_a_function_of_seed_and_position_alone():
     places = [(seed, position) for seed in range(4) for position in range(30)]
     streams = torch.stack([gumbel(*place, 64) for place in places])
     assert len(streams.flatten().unique()) == streams.numel(), "no two places share a draw"
-    correlation = torch.corrcoef(streams) - torch.eye(len(streams))
-    assert correlation.abs().max() < 0.6
+    assert (torch.corrcoef(streams) - torch.eye(len(streams))).abs().max() < 0.6
 
 
 logit_lists = st.lists(st.floats(-20, 20), min_size=1, max_size=30)
 
 
-@given(logit_lists, st.integers(0, 40), st.floats(0.01, 1.0))
+@given(logit_lists, st.integers(0, 40), st.floats(0.01, 1))
 def test_filters_keep_the_likeliest_and_at_least_one(logits, top_k, top_p):
     logits = torch.tensor(logits, dtype=torch.float64)
     kept = keep_likely(logits, top_k, top_p)
@@ -94,7 +87,7 @@ def test_filters_keep_the_likeliest_and_at_least_one(logits, top_k, top_p):
 
 
 @given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), min_size=9, max_size=9))
-def test_emitted_are_the_verifiers_tokens_up_to_the_first_that_was_not_foreseen(guesses, said):
+def test_emitted_are_the_verifiers_up_to_the_first_wrong_guess(guesses, said):
     """Or up to an EOS: here 3."""
     logits = torch.nn.functional.one_hot(torch.tensor(said), 4).float()[: len(guesses) + 1]
     emitted = accept(guesses, logits, 0, lambda row, position: int(row.argmax()), (3,))
@@ -103,26 +96,15 @@ def test_emitted_are_the_verifiers_tokens_up_to_the_first_that_was_not_foreseen(
     assert len(emitted) == (right.index(False) if False in right else len(guesses)) + 1
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("temperature", -1),
-        ("temperature", math.inf),
-        ("temperature", math.nan),
-        ("top_k", -1),
-        ("top_p", 0),
-        ("top_p", 1.1),
-        ("top_p", math.nan),
-        ("seed", -1),
-        ("seed", 1 << 64),
-        ("temperature", 5e-324),
-        ("temperature", True),
-        ("temperature", "1"),
-        ("top_k", 2.5),
-        ("top_k", True),
-        ("seed", 1.5),
-    ],
-)
+WRONG = {
+    "temperature": [-1, math.inf, math.nan, 5e-324, True, "1"],
+    "top_k": [-1, 2.5, True],
+    "top_p": [0, 1.1, math.nan],
+    "seed": [-1, 1 << 64, 1.5],
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, x) for name, xs in WRONG.items() for x in xs])
 def test_impossible_sampling_is_refused_by_name(name, value):
     with pytest.raises((TypeError, ValueError), match=name):
         Sampling(**{name: value})
