@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from cache import KVQCache
 from decode import Sampling, new_cache, next_token
-from model import KEYS, Config, Llama, write_config
+from model import Config, Llama
+from support.checkpoint import KEYS, config_json
 
 
 def tiny_config(**changes: Any) -> Config:
@@ -22,7 +24,7 @@ def tiny_config(**changes: Any) -> Config:
 
 def config_option(**shape: Any) -> list[str]:
     """--config of train.py, with the file that it names, for a tied model of this shape."""
-    found = write_config(tiny_config(tied=True, max_len=512), torch.float32)
+    found = config_json(asdict(tiny_config(tied=True, max_len=512)), torch.float32)
     file = Path(tempfile.mkdtemp()) / "config.json"
     file.write_text(json.dumps(found | {KEYS[name]: value for name, value in shape.items()}))
     return ["--config", str(file)]
@@ -54,7 +56,7 @@ def tiny_model(
             p.data *= embedding
         if "o_proj" in name or "down_proj" in name:
             p.data *= outputs
-            if damp_from is not None and int(name.split(".")[2]) >= damp_from:
+            if damp_from is not None and int(name.split(".")[1]) >= damp_from:
                 p.data *= damping
     return model.to(dtype).eval()
 
@@ -68,15 +70,15 @@ def reference_decode(
     Shares no loop with decode.py.
     """
     c = model.config
-    cache = new_cache(c, c.max_len, 1, model.dtype, model.device)
+    cache = new_cache(model, c.max_len, 1)
     if len(prompt) > 1:
         model.run_layers(model.embed(torch.tensor(prompt[:-1])), 0, c.n_layers, cache, 0)
-        cache.accept(len(prompt) - 1)
+        cache.commit(len(prompt) - 1)
     tokens = list(prompt)
     rows: list[Tensor] = []
     while len(rows) < count and len(tokens) < c.max_len and not (rows and tokens[-1] in eos):
         h = model.embed(torch.tensor(tokens[-1:]))
         rows.append(model.unembed(model.run_layers(h, 0, c.n_layers, cache, len(tokens) - 1))[0])
         tokens.append(next_token(rows[-1], len(tokens), sampling))
-        cache.accept(1)
+        cache.commit(1)
     return tokens[len(prompt) :], torch.stack(rows), cache
