@@ -34,11 +34,11 @@ from helpers import config_option, tiny_config, tiny_model
 from test_loading import meta_config, split_by_index, write_meta
 from test_tokenizer import byte_level, ours
 
-import train
 from decode import generate
 from model import save_checkpoint
 from support.console import default_settings, load
-from support.runs import TrainingRun
+from support.runs import RunDirectory
+from support.train_command import parser, prepare
 
 CASES = 5000
 HEADERS = ("model.safetensors", "state.safetensors")  # the files whose headers are gone through
@@ -72,23 +72,23 @@ def directories(base: Path) -> list[Path]:
     return [one, shards, meta]
 
 
-def trainer(path: Path) -> train.Trainer:
-    """A training run of a tiny model, for two steps, in the directory `path`."""
+def training(path: Path) -> tuple:
+    """A training run of a tiny model, for two steps, in the directory `path`, and its save."""
     small = dict(n_layers=2, dim=16, hidden_dim=16, n_heads=2, n_kv_heads=1, vocab_size=280)
     options = ["--seq=16", "--batch=2", *config_option(**small)]
     data = ["--data", str(path.parent / "pairs.jsonl"), "--no-compile", "--no-bf16"]
-    args = train.parser().parse_args(["--out", str(path), "--steps=2", *options, *data])
-    return train.Trainer(args, TrainingRun(args.out, args.init))
+    args = parser().parse_args(["--out", str(path), "--steps=2", *options, *data])
+    return prepare(args, RunDirectory(args.out, args.init))
 
 
 def stopped_run(path: Path) -> Path:
     """A run that was stopped after the first of two steps."""
     pairs = (dict(prompt=f"{i} and ", completion=f"{i + 1}, {2 * i}.") for i in range(1000))
     (path.parent / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    stopped = trainer(path)
+    stopped, save = training(path)
     stopped.train_step()
     stopped.run.add_metrics({"step": 1, "losses": {2: 1.0}, "norm": 1.0})
-    stopped.save()
+    save()
     return path
 
 
@@ -213,7 +213,8 @@ def attempt(path: Path) -> str:
         if (path / "data.json").exists():
             expected = (ValueError, OSError)
             with redirect_stderr(io.StringIO()):
-                trainer(path).train()
+                going_on, save = training(path)
+                going_on.train(save)
             return "read"
         model, tokenizer = load(path, torch.float32, "cpu")
         settings = default_settings(path, model.config, tokenizer) | dict(max_new_tokens=4)
