@@ -149,14 +149,6 @@ def test_characters_outside_the_vocabulary_stream_whole(tokenizer, text):
     assert [part for part in parts if "😀" in part] and "".join(parts).strip() == "x😀x"
 
 
-@pytest.mark.parametrize("count", range(12))
-def test_a_character_torn_by_control_ids_streams_as_it_decodes(tokenizer, count):
-    control = [0 if tokenizer.bos is None else tokenizer.bos] * count
-    before, torn = tokenizer.encode("the quick " * 9), tokenizer.encode("x😀", bos=False)[-4:]
-    ids = before + [i for byte in torn for i in [byte, *control]] + tokenizer.encode("fox")
-    assert "".join(streamed(tokenizer, [], [[i] for i in ids])) == tokenizer.decode(ids)
-
-
 def test_a_leading_space_is_kept(tokenizer):
     prompt, whole = tokenizer.encode("the"), tokenizer.encode("the fox")
     assert whole[: len(prompt)] == prompt
@@ -188,7 +180,7 @@ def test_unknown_ids_have_no_text_and_half_a_surrogate_pair_no_ids(tokenizer):
         tokenizer.encode("a\ud83db")
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Files
 
 
@@ -258,7 +250,7 @@ def test_a_fault_inside_tokenizer_json_is_one_line(fast, fault):
     refusal(fast)
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Text on a terminal, prompts
 
 
