@@ -141,26 +141,24 @@ def spoil(file: Path, chance: np.random.Generator) -> None:
     """Flips bits, cuts or doubles bytes, changes digits, truncates; mostly where headers are."""
     content = bytearray(file.read_bytes())
     for _ in range(int(chance.choice([1, 1, 2, 8]))):
-        if not content:
+        size = min(len(content), 1500) if chance.random() < 0.7 else len(content)
+        if not size:
             break
-        near = chance.random() < 0.7
-        place = int(chance.integers(min(len(content), 1500) if near else len(content)))
-        length = int(chance.integers(1, 9))
+        place, length = int(chance.integers(size)), int(chance.integers(1, 9))
+        part = slice(place, place + length)
+        digits = [i for i in range(size) if abs(i - place) < 40 and chr(content[i]).isdigit()]
         kind = chance.choice(["flip", "flip", "byte", "cut", "double", "digit", "truncate"])
         if kind == "flip":
             content[place] ^= 1 << int(chance.integers(8))
         elif kind == "byte":
             content[place] = int(chance.integers(256))
         elif kind == "cut":
-            del content[place : place + length]
+            del content[part]
         elif kind == "double":
-            content[place:place] = content[place : place + length]
-        elif kind == "digit":
-            around = range(max(0, place - 40), min(len(content), place + 40))
-            digits = [i for i in around if chr(content[i]).isdigit()]
-            if digits:
-                content[chance.choice(digits)] = ord(chance.choice(list("0123456789-e.")))
-        else:
+            content[part] = content[part] * 2
+        elif kind == "digit" and digits:
+            content[chance.choice(digits)] = ord(chance.choice(list("0123456789-e.")))
+        elif kind == "truncate":
             del content[int(chance.integers(len(content))) :]
     file.write_bytes(content)
 

@@ -318,7 +318,7 @@ def test_what_is_no_directory_is_refused(tmp_path, path):
     assert "directory" in refusal(read_checkpoint, f"{tmp_path}/{path}")
 
 
-def test_a_file_that_goes_away_or_shrinks_before_it_is_read_is_refused(tmp_path):
+def test_a_file_that_shrinks_or_goes_away_is_refused(tmp_path):
     save_checkpoint(tiny_model(tiny_config()), tmp_path)
     _, tensors = read_checkpoint(tmp_path)
     os.truncate(tmp_path / MODEL, 1000)

@@ -149,12 +149,6 @@ def test_characters_outside_the_vocabulary_stream_whole(tokenizer, text):
     assert [part for part in parts if "😀" in part] and "".join(parts).strip() == "x😀x"
 
 
-def test_a_leading_space_is_kept(tokenizer):
-    prompt, whole = tokenizer.encode("the"), tokenizer.encode("the fox")
-    assert whole[: len(prompt)] == prompt
-    assert "".join(streamed(tokenizer, prompt, [whole[len(prompt) :]])).startswith(" ")
-
-
 def repeated(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a long text, of one byte after the other that is no text, or of BOS alone."""
     ids = tokenizer.encode(text or "漢", bos=False)

@@ -34,7 +34,7 @@ def dropouts(recipe: Recipe, t: int, layers: int = 5, steps: int = 101) -> list[
 # Schedules
 
 
-def test_layerskips_dropout_grows_over_layers_and_from_scratch_over_time():
+def test_layerskips_dropout_grows_over_layers_and_time():
     # D(l) = 2^(l/4) - 1 = 0, 0.189207, 0.414214, 0.681793, 1
     depth = np.array([0, 0.1892071, 0.4142136, 0.6817928, 1])
     assert dropouts(LAYERSKIP["continual"], 17) == pytest.approx(0.1 * depth, abs=1e-7)
@@ -87,7 +87,7 @@ def test_exit_weights_may_be_uniform_or_the_last_layers_alone():
         assert train.exit_weights(3, 6, 10, RECIPES[name]) == {6: 1.0}
 
 
-def test_rotation_trains_each_exit_once_a_period_and_the_last_always():
+def test_rotation_trains_each_exit_once_a_period():
     steps = [set(weights_of(t, 9, exits="2,3,4,5,6,7,8", rotation=3)) for t in range(6)]
     assert steps[:3] == steps[3:] == [{2, 5, 8, 9}, {3, 6, 9}, {4, 7, 9}]
     once = [set(weights_of(t, 5, exits="2,3,4", rotation=0)) for t in range(4)]
