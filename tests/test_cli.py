@@ -465,9 +465,10 @@ def changed(ckpt: Path, path: Path, **keys) -> Path:
     return path
 
 
-def test_the_largest_sizes_that_a_config_may_have_are_one_line(cli, ckpt, tmp_path):
+@pytest.mark.parametrize("size", [2**20, 2**27])  # the largest that is read, and beyond it
+def test_sizes_that_cannot_be_are_one_line(cli, ckpt, tmp_path, size):
     names = "hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim"
-    assert_one_line(cli(*SHORT, on=changed(ckpt, tmp_path, **dict.fromkeys(names.split(), 2**20))))
+    assert_one_line(cli(*SHORT, on=changed(ckpt, tmp_path, **dict.fromkeys(names.split(), size))))
 
 
 @pytest.mark.parametrize("how", [[], ["--full", "--json"], ["--drafter", "lookup"]])

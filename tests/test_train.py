@@ -502,7 +502,7 @@ def test_a_run_that_ended_in_its_data_starts_again(tmp_path, monkeypatch, capsys
 
 
 BAD = """--steps 0|--exits 24|--exits a|--exits 0|--p-max 1|--rotation -1|--seq 600
---config no.json|--config .|--e-scale nan|--batch 3 --accumulate 2|--lr 0|--seed -1
+--config no.json|--config tests|--e-scale nan|--batch 3 --accumulate 2|--lr 0|--seed -1
 --recipe lite --phase finetune|--config {one}|--config {odd}|--data no/such
 --init no/such"""
 
@@ -515,5 +515,7 @@ def test_bad_settings_are_one_line_and_no_checkpoint(tmp_path, monkeypatch, caps
         made = lambda *_: (tokens, tokens, special)
         monkeypatch.setattr(RunDirectory, "prepare_data", made)
     one, odd = (config_option(**SMALL | x)[1] for x in (dict(n_layers=1), dict(dim=-1)))
-    refused(monkeypatch, capsys, tmp_path / "run", *bad.format(one=one, odd=odd).split())
+    last = refused(monkeypatch, capsys, tmp_path / "run", *bad.format(one=one, odd=odd).split())
+    words = [word.strip("-") for word in bad.split() if len(word) > 2]
+    assert any(word in last for word in (*words, "model of one layer"))
     assert not (tmp_path / "run" / "model.safetensors").exists()
