@@ -253,11 +253,13 @@ class Window(NoDraft):
 
 
 def two_models(folder: str, model: Llama, exit_layer: int) -> dict:
+    """Settings for model:DIR."""
     other = load_checkpoint(folder, model.dtype, model.device)
     return dict(drafter=partial(TwoModels, other=pack(other)))
 
 
 def kangaroo(folder: str, model: Llama, exit_layer: int) -> dict:
+    """Settings for kangaroo:DIR, which come with the adapter."""
     from extras.kangaroo import Kangaroo, load_adapter
 
     adapter = load_adapter(folder, model)
@@ -266,6 +268,7 @@ def kangaroo(folder: str, model: Llama, exit_layer: int) -> dict:
 
 
 def skip_layers(text: str, model: Llama, exit_layer: int) -> dict:
+    """Settings for skip:attn:3,4,mlp:7. Raises ValueError for another text."""
     part, skipped = "(attn|mlp):([0-9]+(?:,[0-9]+)*)", dict(attn=set[int](), mlp=set[int]())
     if not re.fullmatch(f"{part}(,{part})*", text):
         raise ValueError(f"--drafter skip takes sublayers such as attn:3,4,mlp:7, not {text!r:.40}")

@@ -34,11 +34,11 @@ from helpers import config_option, tiny_config, tiny_model
 from test_loading import meta_config, split_by_index, write_meta
 from test_tokenizer import byte_level, ours
 
-import train
 from decode import generate
 from model import save_checkpoint
 from support.console import default_settings, load
-from support.runs import TrainingRun
+from support.runs import RunDirectory
+from support.train_command import parser, prepare
 
 CASES = 5000
 HEADERS = ("model.safetensors", "state.safetensors")  # the files whose headers are gone through
@@ -72,27 +72,27 @@ def directories(base: Path) -> list[Path]:
     return [one, shards, meta]
 
 
-def trainer(path: Path) -> train.Trainer:
-    """A training run of a tiny model, for two steps, in the directory `path`."""
+def training(path: Path) -> tuple:
+    """A training run of a tiny model, for two steps, in the directory `path`, and its save."""
     small = dict(n_layers=2, dim=16, hidden_dim=16, n_heads=2, n_kv_heads=1, vocab_size=280)
     options = ["--seq=16", "--batch=2", *config_option(**small)]
     data = ["--data", str(path.parent / "pairs.jsonl"), "--no-compile", "--no-bf16"]
-    args = train.parser().parse_args(["--out", str(path), "--steps=2", *options, *data])
-    return train.Trainer(args, TrainingRun(args.out, args.init))
+    args = parser().parse_args(["--out", str(path), "--steps=2", *options, *data])
+    return prepare(args, RunDirectory(args.out, args.init))
 
 
 def stopped_run(path: Path) -> Path:
     """A run that was stopped after the first of two steps."""
     pairs = (dict(prompt=f"{i} and ", completion=f"{i + 1}, {2 * i}.") for i in range(1000))
     (path.parent / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    stopped = trainer(path)
+    stopped, save = training(path)
     stopped.train_step()
     stopped.run.add_metrics({"step": 1, "losses": {2: 1.0}, "norm": 1.0})
-    stopped.save()
+    save()
     return path
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Damage
 
 
@@ -141,26 +141,24 @@ def spoil(file: Path, chance: np.random.Generator) -> None:
     """Flips bits, cuts or doubles bytes, changes digits, truncates; mostly where headers are."""
     content = bytearray(file.read_bytes())
     for _ in range(int(chance.choice([1, 1, 2, 8]))):
-        if not content:
+        size = min(len(content), 1500) if chance.random() < 0.7 else len(content)
+        if not size:
             break
-        near = chance.random() < 0.7
-        place = int(chance.integers(min(len(content), 1500) if near else len(content)))
-        length = int(chance.integers(1, 9))
+        place, length = int(chance.integers(size)), int(chance.integers(1, 9))
+        part = slice(place, place + length)
+        digits = [i for i in range(size) if abs(i - place) < 40 and chr(content[i]).isdigit()]
         kind = chance.choice(["flip", "flip", "byte", "cut", "double", "digit", "truncate"])
         if kind == "flip":
             content[place] ^= 1 << int(chance.integers(8))
         elif kind == "byte":
             content[place] = int(chance.integers(256))
         elif kind == "cut":
-            del content[place : place + length]
+            del content[part]
         elif kind == "double":
-            content[place:place] = content[place : place + length]
-        elif kind == "digit":
-            around = range(max(0, place - 40), min(len(content), place + 40))
-            digits = [i for i in around if chr(content[i]).isdigit()]
-            if digits:
-                content[chance.choice(digits)] = ord(chance.choice(list("0123456789-e.")))
-        else:
+            content[part] = content[part] * 2
+        elif kind == "digit" and digits:
+            content[chance.choice(digits)] = ord(chance.choice(list("0123456789-e.")))
+        elif kind == "truncate":
             del content[int(chance.integers(len(content))) :]
     file.write_bytes(content)
 
@@ -202,7 +200,7 @@ def damage(file: Path, what, value) -> None:
         put(file, what, value)
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Cases
 
 
@@ -213,7 +211,8 @@ def attempt(path: Path) -> str:
         if (path / "data.json").exists():
             expected = (ValueError, OSError)
             with redirect_stderr(io.StringIO()):
-                trainer(path).train()
+                going_on, save = training(path)
+                going_on.train(save)
             return "read"
         model, tokenizer = load(path, torch.float32, "cpu")
         settings = default_settings(path, model.config, tokenizer) | dict(max_new_tokens=4)

@@ -53,7 +53,7 @@ def test_special_tokens_of_a_user_are_text(tmp_path, make):
         chat.messages.clear()
 
 
-def test_a_file_of_its_own_comes_first_and_a_default_among_named_ones(tmp_path):
+def test_a_file_of_its_own_comes_first(tmp_path):
     tokenizer = checkpoint(tmp_path, [dict(name="tools"), dict(name="default", template="x")])
     assert Chat(tmp_path).ask("a") == tokenizer.encode("x", bos=False)
     (tmp_path / "chat_template.jinja").write_text("y")

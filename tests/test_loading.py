@@ -3,27 +3,22 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from helpers import tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import oracle_logits
 from safetensors.torch import load_file, save_file
 
 from decode import generate
-from model import (
-    Config,
-    load_checkpoint,
-    read_config,
-    rotary_frequencies,
-    rotate,
-    save_checkpoint,
-)
+from model import Config, load_checkpoint, rotary_frequencies, rotate, save_checkpoint
 from support.checkpoint import (
     META_NAMES,
     CheckpointError,
@@ -35,16 +30,8 @@ from support.checkpoint import (
     whole_file,
 )
 
-TO_META = {hf.removeprefix("model."): meta for meta, hf in META_NAMES.items()}
-PARAMS = {
-    "dim": 32,
-    "n_layers": 3,
-    "n_heads": 8,
-    "n_kv_heads": 4,
-    "multiple_of": 8,
-    "norm_eps": 1e-5,
-    "vocab_size": -1,
-}
+TO_META = {hf: meta for meta, hf in META_NAMES.items()}
+PARAMS = dict(dim=32, n_layers=3, n_heads=8, n_kv_heads=4, multiple_of=8, norm_eps=1e-5)
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -60,7 +47,7 @@ def write_meta(model, path: Path, shards: int, embedding_dim: int, **changes) ->
     (path / "params.json").write_text(json.dumps({**PARAMS, **changes}))
     files = [{"rope.freqs": torch.ones(2)} for _ in range(shards)]
     for name, p in model.named_parameters():
-        weight, inner = p.detach(), name.removeprefix("model.").removesuffix(".weight")
+        weight, inner = p.detach(), name.removesuffix(".weight")
         layer = ""
         if inner.startswith("layers."):
             _, number, inner = inner.split(".", 2)
@@ -97,15 +84,13 @@ def refusal(call, *arguments) -> str:
     return message
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Layouts
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shards, embedding_dim", [(1, 0), (4, 1), (4, 0), (2, 1)])
-def test_metas_layout_in_any_number_of_shards_is_bitwise_the_hugging_face_form(
-    tmp_path, shards, embedding_dim, tied
-):
+def test_metas_layout_is_bitwise_hugging_faces(tmp_path, shards, embedding_dim, tied):
     model = tiny_model(meta_config(tied=tied), dtype=torch.bfloat16)
     write_meta(model, tmp_path / "meta", shards, embedding_dim)
     save_checkpoint(model, tmp_path / "hf")
@@ -116,7 +101,7 @@ def test_metas_layout_in_any_number_of_shards_is_bitwise_the_hugging_face_form(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_shards_of_an_index_are_the_single_file_in_its_stored_type(tmp_path, dtype):
+def test_shards_of_an_index_are_the_single_file(tmp_path, dtype):
     model = tiny_model(tiny_config(), dtype=dtype)
     save_checkpoint(model, tmp_path)
     split_by_index(tmp_path)
@@ -139,7 +124,7 @@ def test_interleaved_and_half_split_rotary_are_the_same_function(tmp_path):
     name = "layers.0.attention.wq.weight"
     interleaved = load_file(tmp_path / "meta" / "consolidated.00.safetensors")[name]
     _, tensors = read_checkpoint(tmp_path / "meta")
-    half_split = tensors["model.layers.0.self_attn.q_proj.weight"].read()
+    half_split = tensors["layers.0.self_attn.q_proj.weight"].read()
     half = c.head_dim // 2
     angle = np.arange(5)[:, None] * rotary_frequencies(c).double().numpy()
     q = (x @ interleaved.T).view(5, c.n_heads, half, 2).numpy()
@@ -151,18 +136,17 @@ def test_interleaved_and_half_split_rotary_are_the_same_function(tmp_path):
 
 
 def test_metas_parameters_give_the_published_shapes(tmp_path):
-    llama2 = dict(n_layers=2, n_heads=32, multiple_of=256, norm_eps=1e-5)
-    llama3 = dict(n_layers=2, n_heads=32, n_kv_heads=8, norm_eps=1e-5, rope_theta=5e5)
+    llama2 = dict(n_layers=2, n_heads=32, dim=4096, multiple_of=256, norm_eps=1e-5)
+    llama3 = llama2 | dict(n_kv_heads=8, rope_theta=5e5, ffn_dim_multiplier=1.3, multiple_of=1024)
+    wide = dict(dim=8192, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3)
+    small = dict(dim=2048, multiple_of=256, ffn_dim_multiplier=1.5)
     published = {
-        "Llama 2 7B": llama2 | dict(dim=4096, vocab_size=-1),
-        "Llama 2 70B": llama2
-        | dict(dim=8192, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3),
-        "Code Llama": llama2 | dict(dim=4096, rope_theta=1e6, n_kv_heads=None),
-        "Llama 3 8B": llama3 | dict(dim=4096, multiple_of=1024, ffn_dim_multiplier=1.3),
-        "Llama 3.1 8B": llama3
-        | dict(dim=4096, multiple_of=1024, ffn_dim_multiplier=1.3, use_scaled_rope=True),
-        "Llama 3.2 1B": llama3
-        | dict(dim=2048, multiple_of=256, ffn_dim_multiplier=1.5, use_scaled_rope=True),
+        "Llama 2 7B": llama2,
+        "Llama 2 70B": llama2 | wide,
+        "Code Llama": llama2 | dict(rope_theta=1e6, n_kv_heads=None),
+        "Llama 3 8B": llama3,
+        "Llama 3.1 8B": llama3 | dict(use_scaled_rope=True),
+        "Llama 3.2 1B": llama3 | small | dict(use_scaled_rope=True),
     }
     found = {}
     for name, params in published.items():
@@ -171,7 +155,7 @@ def test_metas_parameters_give_the_published_shapes(tmp_path):
         (path / "params.json").write_text(json.dumps(params))
         weights = {"tok_embeddings.weight": torch.zeros(1, params["dim"])}
         save_file(weights, path / "consolidated.00.safetensors")
-        c = read_config(read_checkpoint(path)[0])
+        c = Config(**read_checkpoint(path)[0])
         assert (c.dim, c.rope_theta, c.tied) == (params["dim"], params.get("rope_theta", 1e4), True)
         rope = (c.rope_type, c.rope_factor, c.rope_original_len) if c.rope_type == "llama3" else ()
         found[name] = (c.hidden_dim, c.n_kv_heads, c.max_len, *rope)
@@ -191,16 +175,16 @@ def test_a_config_json_makes_it_hugging_faces_layout(tmp_path):
     assert load_checkpoint(tmp_path).config == tiny_config()
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Bad files
 
 
-NORM = "model.norm.weight"
+CONFIG, NORM, META = "config.json", "model.norm.weight", "params.json"
+NAN, INFINITY = float("nan"), float("inf")
 
 
-def text(file: str, content: str | bytes):
+def text(file: str, content: bytes):
     """A fault: other content of a file."""
-    content = content.encode() if isinstance(content, str) else content
     return lambda d: (d / file).write_bytes(content)
 
 
@@ -225,6 +209,11 @@ def norm(change, file: str = MODEL, name: str = NORM):
     return change_file
 
 
+def spoilt(*values: float):
+    """A fault: numbers added to the final norm's first weights."""
+    return norm(lambda w: w + w.new_tensor([*values, *(len(w) - len(values)) * [0.0]]))
+
+
 def only(pattern: str, **weights):
     """A fault: these tensors instead of those in the files."""
     named = {name.replace("_", "."): weight for name, weight in weights.items()}
@@ -240,10 +229,6 @@ def renamed(pattern: str, suffix: str):
     return lambda d: [file.rename(file.with_suffix(suffix)) for file in d.glob(pattern)]
 
 
-def moved(file: str, folder: str):
-    return lambda d: ((d / folder).mkdir(), (d / file).rename(d / folder / file))
-
-
 def without(file: str):
     return lambda d: (d / file).unlink()
 
@@ -252,114 +237,79 @@ def directory(file: str):
     return lambda d: ((d / file).unlink(missing_ok=True), (d / file).mkdir())
 
 
-def spoilt(*values: float):
-    return norm(lambda w: w + w.new_tensor([*values, *(len(w) - len(values)) * [0.0]]))
+def elsewhere(d: Path) -> None:
+    """A fault: a shard in a folder of its own."""
+    (d / "x").mkdir()
+    (d / "0.safetensors").rename(d / "x" / "0.safetensors")
+    keys(INDEX, weight_map={NORM: "x/0.safetensors"})(d)
 
 
-CONFIG = "config.json"
-HF_BAD = {  # fault: what does it, and what the line must say
-    "no config": (without(CONFIG), CONFIG),
-    "an empty config": (text(CONFIG, ""), CONFIG),
-    "a config that is a list": (text(CONFIG, "[]"), CONFIG),
-    "a config that is no UTF-8": (text(CONFIG, b'{"\xff": 1}'), CONFIG),
-    "a key is missing": (keys(CONFIG, hidden_size=...), "hidden_size"),
-    "an absurd depth": (keys(CONFIG, num_hidden_layers=10**9), "n_layers"),
-    "no weights": (without(MODEL), "safetensors"),
-    "pickles alone": (renamed(MODEL, ".bin"), r"pickles.*model\.bin"),
-    "empty weights": (text(MODEL, ""), MODEL),
-    "weights that are text": (text(MODEL, "version https://git-lfs"), MODEL),
-    "weights cut off": (lambda d: os.truncate(d / MODEL, os.path.getsize(d / MODEL) - 1), MODEL),
-    "a directory for a file": (directory(MODEL), MODEL),
-    "quantised": (norm(lambda w: w.to(torch.int8)), f"{NORM}.*I8"),
-    "8-bit floats": (norm(lambda w: w.to(torch.float8_e4m3fn)), f"{NORM}.*F8"),
-    "another shape": (norm(lambda w: w[1:].clone()), NORM),
-    "NaN": (spoilt(float("nan")), f"{MODEL}.*{NORM}"),
-    "one infinity": (spoilt(float("inf")), f"{MODEL}.*{NORM}"),
-    "opposite infinities": (spoilt(float("inf"), -float("inf")), f"{MODEL}.*{NORM}"),
-    "a tensor too many": (more(MODEL, MODEL, **{"x\n\x1b[2J": torch.ones(1)}), "unexpected.*x"),
-    "a tensor too few": (only(MODEL, model_norm_weight=torch.ones(24)), "lacks"),
-}
-INDEX_BAD = {
-    "no weight_map": (keys(INDEX, weight_map=...), "weight_map"),
-    "weight_map is a list": (keys(INDEX, weight_map=["0.safetensors"]), "weight_map"),
-    "weight_map is empty": (keys(INDEX, weight_map={}), "safetensors"),
-    "a number for a shard": (keys(INDEX, weight_map={NORM: 7}), "weight file '7'"),
-    "a list for a shard": (keys(INDEX, weight_map={NORM: []}), "weight file"),
-    "a shard elsewhere": (
-        lambda d: (
-            moved("0.safetensors", "x")(d),
-            keys(INDEX, weight_map={NORM: "x/0.safetensors"})(d),
+BAD = {  # layout: fault: what does it, and what the line must say
+    "one": {
+        "no config": (without(CONFIG), CONFIG),
+        "a key is missing": (keys(CONFIG, hidden_size=...), "hidden_size"),
+        "no weights": (without(MODEL), "safetensors"),
+        "pickles alone": (renamed(MODEL, ".bin"), r"pickles.*model\.bin"),
+        "weights that are text": (text(MODEL, b"version https://git-lfs"), MODEL),
+        "weights cut off": (lambda d: os.truncate(d / MODEL, 9000), MODEL),
+        "a directory for a file": (directory(MODEL), MODEL),
+        "quantised": (norm(lambda w: w.to(torch.int8)), f"{NORM}.*I8"),
+        "8-bit floats": (norm(lambda w: w.to(torch.float8_e4m3fn)), f"{NORM}.*F8"),
+        "another shape": (norm(lambda w: w[1:].clone()), "norm.weight is .*, the config says"),
+        "NaN": (spoilt(NAN), f"{MODEL}.*{NORM}"),
+        "opposite infinities": (spoilt(INFINITY, -INFINITY), f"{MODEL}.*{NORM}"),
+        "one too many": (more(MODEL, MODEL, **{"x\n\x1b[2J": torch.ones(1)}), "unexpected.*x"),
+        "one too few": (only(MODEL, model_norm_weight=torch.ones(24)), "lacks"),
+    },
+    "shards": {
+        "no weight_map": (keys(INDEX, weight_map=...), "weight_map"),
+        "weight_map is a list": (keys(INDEX, weight_map=["0.safetensors"]), "weight_map"),
+        "weight_map is empty": (keys(INDEX, weight_map={}), "safetensors"),
+        "a list for a shard": (keys(INDEX, weight_map={NORM: []}), "weight file"),
+        "a shard elsewhere": (elsewhere, "'x/0"),
+        "the directory for a shard": (keys(INDEX, weight_map={NORM: ".."}), r"\.\."),
+        "a shard with a NUL": (keys(INDEX, weight_map={NORM: "0\0.safetensors"}), "weight file"),
+        "half a surrogate pair": (keys(INDEX, weight_map={NORM: "\ud800"}), "ud800"),
+        "a missing shard": (without("1.safetensors"), r"1\.safetensors"),
+        "a pickle for a shard": (text("1.safetensors", b"\x80\x04N."), r"1\.safetensors"),
+        "a tensor twice": (more("0.safetensors", "1.safetensors"), "the shards do not hold"),
+    },
+    "meta": {
+        "a missing shard": (without("consolidated.00.safetensors"), "the config says"),
+        "only pickles": (renamed("consolidated.*", ".pth"), r"pickles.*00\.pth"),
+        "a directory for a shard": (directory("consolidated.99.safetensors"), "99"),
+        "no embedding": (only("consolidated.*", norm_weight=torch.ones(32)), "embed_tokens"),
+        "an unknown tensor": (only("con*", model_norm_weight=torch.ones(32)), "unexpected"),
+        "a shard of another model": (only("*1.saf*", norm_weight=torch.ones(32)), "do not hold"),
+        "a shard of another width": (
+            norm(lambda w: w[1:].clone(), "consolidated.01.safetensors", "norm.weight"),
+            "the shards do not hold norm.weight",
         ),
-        "'x/0",
-    ),
-    "the directory for a shard": (keys(INDEX, weight_map={NORM: ".."}), r"\.\."),
-    "a shard with a NUL": (keys(INDEX, weight_map={NORM: "0\0.safetensors"}), "weight file"),
-    "a shard of half a surrogate pair": (keys(INDEX, weight_map={NORM: "\ud800"}), "ud800"),
-    "a missing shard": (without("1.safetensors"), r"1\.safetensors"),
-    "an empty index": (text(INDEX, ""), INDEX),
-    "a pickle for a shard": (text("1.safetensors", b"\x80\x04N."), r"1\.safetensors"),
-    "a tensor twice": (more("0.safetensors", "1.safetensors"), "the shards do not hold"),
-}
-SHARDS, META = "consolidated.*", "params.json"
-META_BAD = {
-    "a missing shard": (without("consolidated.02.safetensors"), "the config says"),
-    "no shards": (only(SHARDS), "embed_tokens"),
-    "only pickles": (renamed(SHARDS, ".pth"), r"pickles.*00\.pth"),
-    "a shard that is a directory": (directory("consolidated.99.safetensors"), "99"),
-    "no embedding": (only(SHARDS, norm_weight=torch.ones(32)), "embed_tokens"),
-    "an unknown tensor": (only(SHARDS, model_norm_weight=torch.ones(32)), "unexpected"),
-    "a shard of another model": (
-        only("consolidated.03*", norm_weight=torch.ones(32)),
-        "the shards do not hold",
-    ),
-    "a shard of another width": (
-        norm(lambda w: w[1:].clone(), "consolidated.03.safetensors", "norm.weight"),
-        "the shards do not hold norm.weight",
-    ),
-    "not JSON": (text(META, "[1"), META),
-    "quantised": (keys(META, quantization_args={"scheme": "int4"}), "quantised"),
-    "a long multiplier": (keys(META, ffn_dim_multiplier="1" * 400), META),
-    **{
-        f"no {key}": (keys(META, **{key: ...}), key)
-        for key in ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
+        "quantised": (keys(META, quantization_args={"scheme": "int4"}), "quantised"),
+        "a long multiplier": (keys(META, ffn_dim_multiplier="1" * 400), META),
+        "no dim": (keys(META, dim=...), "dim"),
+        "no norm_eps": (keys(META, norm_eps=...), "norm_eps"),
     },
 }
 
 
-@pytest.mark.parametrize("fault", HF_BAD)
-def test_a_bad_directory_in_hugging_faces_layout_is_refused_by_naming_the_fault(tmp_path, fault):
-    save_checkpoint(tiny_model(tiny_config()), tmp_path)
-    HF_BAD[fault][0](tmp_path)
-    assert re.search(HF_BAD[fault][1], refusal(load_checkpoint, tmp_path))
+@pytest.mark.parametrize("layout, fault", [(layout, f) for layout in BAD for f in BAD[layout]])
+def test_a_bad_checkpoint_is_refused_by_its_fault(tmp_path, layout, fault):
+    path, (spoil, says) = tmp_path / "x", BAD[layout][fault]
+    if layout == "meta":
+        write_meta(tiny_model(meta_config()), path, 2, 1)
+    else:
+        save_checkpoint(tiny_model(tiny_config()), path)
+    if layout == "shards":
+        split_by_index(path)
+    spoil(path)
+    assert re.search(says, refusal(load_checkpoint, path))
 
 
-@pytest.mark.parametrize("fault", INDEX_BAD)
-def test_a_bad_index_or_shard_is_refused_by_naming_the_fault(tmp_path, fault):
-    save_checkpoint(tiny_model(tiny_config()), tmp_path)
-    split_by_index(tmp_path)
-    INDEX_BAD[fault][0](tmp_path)
-    assert re.search(INDEX_BAD[fault][1], refusal(load_checkpoint, tmp_path))
-
-
-@pytest.mark.parametrize("fault", META_BAD)
-def test_a_bad_directory_in_metas_layout_is_refused_by_naming_the_fault(tmp_path, fault):
-    write_meta(tiny_model(meta_config()), tmp_path / "meta", 4, 1)
-    META_BAD[fault][0](tmp_path / "meta")
-    assert re.search(META_BAD[fault][1], refusal(load_checkpoint, tmp_path / "meta"))
-
-
-ODD = [None, True, 0, -1, 1.5, 1e300, 10**400, "7", "ab", [], {}, float("nan"), float("inf")]
-ARITHMETIC = ["dim", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "rope_theta"]
-
-
-@pytest.mark.parametrize("value", ODD)
-@pytest.mark.parametrize("key", ARITHMETIC)
-def test_any_value_of_params_json_gives_a_model_or_one_line(tmp_path, key, value):
-    write_meta(tiny_model(meta_config()), tmp_path / "meta", 2, 1, **{key: value})
-    try:
-        load_checkpoint(tmp_path / "meta")
-    except CheckpointError as error:
-        assert str(error).isprintable()
+def test_the_fuzzers_first_cases_end_as_they_must():
+    command = [sys.executable, str(ROOT / "tests" / "fuzz.py"), "0", "150"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0 and " 0 failed" in run.stdout, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("path", ["nothing", "file", "a\0b", "a" * 5000])
@@ -368,23 +318,23 @@ def test_what_is_no_directory_is_refused(tmp_path, path):
     assert "directory" in refusal(read_checkpoint, f"{tmp_path}/{path}")
 
 
-def test_a_file_that_goes_away_or_shrinks_before_it_is_read_is_refused(tmp_path):
+def test_a_file_that_shrinks_or_goes_away_is_refused(tmp_path):
     save_checkpoint(tiny_model(tiny_config()), tmp_path)
     _, tensors = read_checkpoint(tmp_path)
     os.truncate(tmp_path / MODEL, 1000)
-    assert MODEL in refusal(tensors[NORM].read)
+    assert MODEL in refusal(tensors["norm.weight"].read)
     (tmp_path / MODEL).unlink()
-    assert MODEL in refusal(tensors[NORM].read)
+    assert MODEL in refusal(tensors["norm.weight"].read)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("cannot allocate memory"), MemoryError()])
-def test_running_out_of_memory_is_one_line_that_names_file_and_tensor(tmp_path, monkeypatch, error):
+def test_running_out_of_memory_is_one_line(tmp_path, monkeypatch, error):
     def fail(*_):
         raise error
 
     save_checkpoint(tiny_model(tiny_config()), tmp_path)
     monkeypatch.setattr(torch.Tensor, "clone", fail)
-    assert re.search(f"{MODEL}.*model.*memory", refusal(load_checkpoint, tmp_path))
+    assert re.search(f"{MODEL}.*weight.*memory", refusal(load_checkpoint, tmp_path))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -397,54 +347,18 @@ def test_large_finite_numbers_whose_sum_overflows_are_read(tmp_path, dtype):
 
 def test_a_tensor_that_was_read_does_not_follow_its_file(tmp_path):
     save_checkpoint(tiny_model(tiny_config()), tmp_path)
-    weight = read_checkpoint(tmp_path)[1]["model.embed_tokens.weight"].read()
+    weight = read_checkpoint(tmp_path)[1]["embed_tokens.weight"].read()
     with open(tmp_path / MODEL, "r+b") as file:
         file.write(bytes(os.path.getsize(tmp_path / MODEL)))
     assert weight.ne(0).any() and weight.data_ptr() % 64 == 0
 
 
-@pytest.fixture(scope="module")
-def layouts(tmp_path_factory) -> dict[str, dict[str, bytes]]:
-    """The files of a checkpoint in each layout."""
-    base = tmp_path_factory.mktemp("layouts")
-    config = tiny_config(vocab_size=16, dim=8, hidden_dim=8, n_layers=1, bos=1, eos=(2,))
-    for name in ("one", "shards"):
-        save_checkpoint(tiny_model(config), base / name)
-    split_by_index(base / "shards")
-    write_meta(tiny_model(config), base / "meta", 2, 1, dim=8, n_layers=1, n_heads=4, n_kv_heads=2)
-    return {p.name: {f.name: f.read_bytes() for f in p.iterdir()} for p in base.iterdir()}
-
-
-@given(st.data())
-def test_damaged_files_give_a_model_or_one_line(layouts, tmp_path_factory, draw):
-    files = dict(layouts[draw.draw(st.sampled_from(sorted(layouts)))])
-    name = draw.draw(st.sampled_from(sorted(files)))
-    content = bytearray(files[name])
-    for _ in range(draw.draw(st.integers(1, 3))):
-        place = draw.draw(st.integers(0, min(len(content), 1200)))
-        new = draw.draw(
-            st.binary(max_size=3) | st.sampled_from([b"9", b"-", b"[", b"null", b"1e9"])
-        )
-        content[place : place + draw.draw(st.integers(0, 4))] = new
-    if draw.draw(st.booleans()):
-        del content[draw.draw(st.integers(0, len(content))) :]
-    path = tmp_path_factory.mktemp("damaged")
-    for other, intact in files.items():
-        (path / other).write_bytes(content if other == name else intact)
-    try:
-        model = load_checkpoint(path)
-    except CheckpointError as error:
-        assert str(error).isprintable() and len(str(error)) < 500
-    else:
-        assert all(p.isfinite().all() for p in model.parameters())
-
-
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # JSON, generation_config.json
 
 
 @given(st.text(st.sampled_from('{}[]":,0e-.\\u nul\ud800x'), max_size=40) | st.text(max_size=20))
-def test_any_text_is_an_object_or_is_refused_by_name(text):
+def test_any_text_is_an_object_or_is_refused(text):
     try:
         assert isinstance(parse_object(text, "some.json"), dict)
     except CheckpointError as error:
@@ -452,17 +366,14 @@ def test_any_text_is_an_object_or_is_refused_by_name(text):
 
 
 @pytest.mark.parametrize("depth", [*range(900, 1001, 5), 10**5, 10**6])
-def test_deep_nesting_is_refused_whatever_the_depth(depth):
-    assert "some.json" in refusal(parse_object, '{"a":' * depth + "1" + "}" * depth, "some.json")
-    assert "some.json" in refusal(parse_object, "[" * depth, "some.json")
-
-
-def test_numbers_of_thousands_of_digits_are_refused():
-    assert "some.json" in refusal(parse_object, '{"a": 1' + "0" * 10**5 + "}", "some.json")
+def test_deep_nesting_and_long_numbers_are_refused(depth):
+    for text in ('{"a":' * depth + "1" + "}" * depth, "[" * depth, '{"a": 1' + "0" * 10**5 + "}"):
+        assert "some.json" in refusal(parse_object, text, "some.json")
 
 
 def test_a_json_file_that_cannot_be_read_is_named(tmp_path):
     bad = {"empty.json": b"", "latin.json": b'"\xe9"', "utf16.json": "{}".encode("utf-16")}
+    bad["mark.json"] = "\ufeff{}".encode()
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         assert name in refusal(read_json, tmp_path / name)
@@ -493,8 +404,10 @@ def generation(path: Path, **keys) -> dict:
 
 
 @pytest.mark.parametrize("key", USABLE)
-def test_usable_generation_settings_come_as_they_are_and_others_are_refused_by_key(tmp_path, key):
+def test_generation_settings_come_as_they_are_or_are_refused(tmp_path, key):
     assert generation_config(tmp_path) == generation(tmp_path, **{key: None}) == {}
+    (tmp_path / "generation_config.json").write_text("[]")
+    assert "generation_config.json" in refusal(generation_config, tmp_path)
     for value in USABLE[key]:
         assert generation(tmp_path, **{key: value}) == {key: value}
     for value in NEVER + UNUSABLE[key]:
@@ -502,13 +415,7 @@ def test_usable_generation_settings_come_as_they_are_and_others_are_refused_by_k
         assert key in message and "generation_config.json" in message
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\ufeff{}"])
-def test_a_bad_generation_config_is_refused_by_name(tmp_path, text):
-    (tmp_path / "generation_config.json").write_text(text)
-    assert "generation_config.json" in refusal(generation_config, tmp_path)
-
-
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # whole_file
 
 
@@ -516,7 +423,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def test_a_whole_file_is_there_when_all_went_well_and_touches_no_other(tmp_path):
+def test_a_whole_file_is_there_at_the_end_and_touches_no_other(tmp_path):
     others = {"X.new": b"a", "X.tmp": b"b", "X~": b"c", ".X": b"d"}
     for name, content in others.items():
         (tmp_path / name).write_bytes(content)
@@ -538,7 +445,7 @@ def test_a_file_that_was_not_finished_leaves_no_trace(tmp_path, old, error):
     assert contents(tmp_path) == old
 
 
-def test_a_file_keeps_its_link_and_its_permissions_and_a_new_one_gets_the_usual(tmp_path):
+def test_a_file_keeps_its_link_and_its_permissions(tmp_path):
     (tmp_path / "usual").write_bytes(b"")
     (tmp_path / "file").write_bytes(b"old")
     (tmp_path / "file").chmod(0o640)
@@ -552,7 +459,7 @@ def test_a_file_keeps_its_link_and_its_permissions_and_a_new_one_gets_the_usual(
     assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_a_path_that_cannot_be_a_file_is_refused_before_anything_is_written(tmp_path):
+def test_a_path_that_cannot_be_a_file_is_refused_at_once(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "pipe")
@@ -563,7 +470,7 @@ def test_a_path_that_cannot_be_a_file_is_refused_before_anything_is_written(tmp_
     assert sorted(tmp_path.iterdir()) == before
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Rope
 
 
@@ -596,12 +503,3 @@ def test_llama3_rope_keeps_fast_pairs_and_slows_slow_ones():
     between = (wavelength > 8192 / 4) & (wavelength < 8192)
     scaled, plain = scaled[between], plain[between]
     assert between.any() and (scaled < plain).all() and (scaled > plain / 8).all()
-
-
-def test_the_oracle_agrees_at_another_theta_and_head_dim():
-    config = tiny_config(head_dim=6, rope_theta=5e5, n_heads=6, n_kv_heads=3)
-    model = tiny_model(config, dtype=torch.float64)
-    weights = {name: p.detach().numpy() for name, p in model.state_dict().items()}
-    tokens = list(range(40))
-    ours = model(torch.tensor([tokens])).detach().numpy()[0]
-    assert np.allclose(ours, oracle_logits(weights, config, tokens), rtol=1e-5, atol=1e-5)

@@ -19,7 +19,7 @@ def gradients():
         yield
 
 
-def test_every_block_of_the_walkthrough_prints_what_stands_below_it(monkeypatch, gradients):
+def test_every_block_prints_what_stands_below_it(monkeypatch, gradients):
     monkeypatch.chdir(ROOT)
     namespace: dict = {}
     for number, (code, printed) in enumerate(BLOCKS, 1):
@@ -29,7 +29,7 @@ def test_every_block_of_the_walkthrough_prints_what_stands_below_it(monkeypatch,
         assert out.getvalue() == printed, f"block {number}"
 
 
-def test_every_python_block_has_its_output_and_all_are_about_forty_lines():
+def test_every_block_has_its_output_and_all_are_short():
     assert len(BLOCKS) == TEXT.count("```python\n") > 8
     lines = [line for code, _ in BLOCKS for line in code.split("\n") if line.strip()]
     assert len(lines) <= 50
