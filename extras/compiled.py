@@ -14,7 +14,6 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from copy import copy
 from itertools import pairwise, product
 from pathlib import Path
@@ -41,7 +40,6 @@ from exact import (
 )
 from extras.products import faster_products
 from model import Layer, Llama
-from support.console import compiler_errors
 
 OPTIONS = {
     "freezing": True,
@@ -105,23 +103,18 @@ class Layers(nn.Module):
 
 
 def make_graph(file: Path, module: nn.Module, inputs: tuple, dynamic: tuple) -> Callable:
-    """The module compiled for such inputs, whose `dynamic` sizes may differ; kept in `file`.
-
-    A damaged file is made again. Raises ValueError where the compiler fails.
-    """
-    with suppress(RuntimeError):
-        if file.exists():
-            return torch._inductor.aoti_load_package(str(file)).loader.run
-    print(f"compiling {file.stem}, once", file=sys.stderr, flush=True)
-    with torch.no_grad(), warnings.catch_warnings(), compiler_errors("leave out --compile"):
-        warnings.simplefilter("ignore")
-        program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
-        aside = str(file.with_name(f"{os.getpid()}.pt2"))
-        with faster_products():
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=aside, inductor_configs=dict(OPTIONS)
-            )
-    os.replace(aside, file)
+    """The module compiled for such inputs, whose `dynamic` sizes may differ; kept in `file`."""
+    if not file.exists():
+        print(f"compiling {file.stem}, once", file=sys.stderr, flush=True)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
+            aside = str(file.with_name(f"{os.getpid()}.pt2"))
+            with faster_products():
+                torch._inductor.aoti_compile_and_package(
+                    program, package_path=aside, inductor_configs=dict(OPTIONS)
+                )
+        os.replace(aside, file)
     return torch._inductor.aoti_load_package(str(file)).loader.run
 
 
