@@ -222,7 +222,7 @@ def block_mask(positions: Tensor, view: int, heads: int, width: int, dtype: torc
     later = torch.arange(view, device=positions.device) > positions[:, None]  # (T, S)
     mask = torch.zeros(later.shape, dtype=dtype, device=positions.device)
     mask = mask.masked_fill(later, -math.inf).repeat_interleave(heads, 0)
-    return F.pad(mask, (0, 0, 0, width * heads - len(mask)))
+    return F.pad(mask, (0, 0, 0, width * heads - mask.shape[0]))
 
 
 def safe_width(

@@ -1,23 +1,29 @@
 """Compiled decoding (`decode.py --compile`): layers as graphs of TorchInductor, as exact.
 
-Layers below the exit are one graph and those above it another, so a token meets the same code
-whoever drafts. A graph takes up to ROWS rows; a longer pass is cut. Weights are constants of it
-(freezing), and products are by Inductor's C++ template (see products.py), which sums a row in the
-same order whatever the number of rows. Cache and positions are inputs: a graph has no state.
+All layers are the same code with other weights, so one graph of a few layers is compiled, and used
+again and again with the weights of the next ones. A token so meets the same code whoever drafts. A
+graph takes up to ROWS rows; a longer pass is cut. Products are by Inductor's C++ template (see
+products.py), which sums a row in the same order whatever the number of rows. Cache and positions
+are inputs: a graph has no state.
 
-Graphs are compiled ahead of time (torch.export, AOTInductor) and kept on disk.
+Graphs are compiled ahead of time (torch.export, AOTInductor) and kept on disk, for every checkpoint
+of the same shape.
 """
 
 import hashlib
+import json
+import math
 import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable
 from copy import copy
-from itertools import pairwise, product
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import torch
@@ -39,13 +45,15 @@ from exact import (
     padded_attention,
 )
 from extras.products import faster_products
-from model import Layer, Llama
+from model import Config, Layer, Llama
 
+GROUP = 6  # the most layers of a graph: fewer take longer to call, more take longer to compile
 OPTIONS = {
     "freezing": True,
     "max_autotune": True,
     "max_autotune_gemm_backends": "CPP",
     "emulate_precision_casts": True,  # round where PyTorch does, however operations are fused
+    "aot_inductor.package_constants_in_so": False,
 }
 
 
@@ -99,49 +107,114 @@ class Layers(nn.Module):
 
 
 # --------------------------------------
-# Graphs in a model's place
+# One graph, many weights
 
 
-def make_graph(file: Path, module: nn.Module, inputs: tuple, dynamic: tuple) -> Callable:
-    """The module compiled for such inputs, whose `dynamic` sizes may differ; kept in `file`."""
-    if not file.exists():
-        print(f"compiling {file.stem}, once", file=sys.stderr, flush=True)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
-            aside = str(file.with_name(f"{os.getpid()}.pt2"))
-            with faster_products():
-                torch._inductor.aoti_compile_and_package(
-                    program, package_path=aside, inductor_configs=dict(OPTIONS)
-                )
-        os.replace(aside, file)
-    return torch._inductor.aoti_load_package(str(file)).loader.run
+def in_blocks(weight: Tensor, shape: tuple[int, ...], pairs: int) -> Tensor:
+    """A weight (N, K) as a graph wants it: (N / b, K, b), or as it is where `shape` is its own.
+
+    With pairs = 2 or 4, so many neighbours in K stand together, as AMX reads them.
+    """
+    if weight.shape == shape:
+        return weight
+    count, k, b = shape
+    x = F.pad(weight, (0, 0, 0, count * b - len(weight))).view(count, b, k).transpose(1, 2)
+    return x.reshape(count, k // pairs, pairs, b).transpose(2, 3).reshape(shape).contiguous()
+
+
+def compile_graph(file: Path, module: nn.Module, inputs: tuple, dynamic: tuple) -> None:
+    """Writes a graph of the module to `file`, and to a .json which weight each constant is.
+
+    `dynamic` sizes of the inputs may differ. The module's weights are of random numbers, so each
+    constant tells by its values what it was made of. Raises ValueError where one does not.
+    """
+    from torch._inductor.graph import GraphLowering
+
+    print(f"compiling {file.stem}, once", file=sys.stderr, flush=True)
+    constants, allocate = dict[str, Tensor](), GraphLowering.allocate_non_dup_const_name
+
+    def named(graph: Any, name: str | None, data: Tensor) -> str:
+        found = allocate(graph, name, data)
+        graph.allocated_constant_name[found] = found  # else two may be called alike
+        constants[found] = data
+        return found
+
+    aside = file.with_name(f"{os.getpid()}.pt2")
+    with torch.no_grad(), warnings.catch_warnings(), faster_products():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
+        with patch.object(GraphLowering, "allocate_non_dup_const_name", named):
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(aside), inductor_configs=dict(OPTIONS)
+            )
+    made_of = {}
+    for constant in torch._inductor.aoti_load_package(str(aside)).loader.get_constant_fqns():
+        data = constants[constant].detach()
+        for (name, p), pairs in product(module.named_parameters(), (1, 2, 4)):
+            fits = p.shape == data.shape or (p.dim(), data.dim(), p.shape[1:]) == (
+                (2, 3, data.shape[1:2])
+            )
+            if fits and torch.equal(in_blocks(p.detach(), tuple(data.shape), pairs), data):
+                made_of[constant] = name, list(data.shape), pairs
+                break
+        else:
+            raise ValueError("--compile does not know this PyTorch's weights: leave it out")
+    file.with_suffix(".json").write_text(json.dumps(made_of))
+    os.replace(aside, file)
+
+
+def load_graph(file: Path, module: nn.Module) -> Callable:
+    """The graph in `file`, with the weights of a module of the same kind."""
+    loader = torch._inductor.aoti_load_package(str(file)).loader
+    weights = dict(module.named_parameters())
+    made_of = json.loads(file.with_suffix(".json").read_text())
+    constants = {
+        constant: in_blocks(weights[name].detach(), tuple(shape), pairs)
+        for constant, (name, shape, pairs) in made_of.items()
+    }
+    loader.load_constants(constants, False, True, True)  # which are not copied, so
+
+    def run(inputs: list[Tensor], kept: dict = constants) -> Tensor:
+        return loader.run(inputs)[0]
+
+    return run
 
 
 class Graphs:
-    """A model's decoding passes as graphs between `cuts`, from 0 to L."""
+    """A model's decoding passes as graphs of `group` layers each."""
 
-    def __init__(self, model: Llama, cuts: list[int]):
-        self.model, self.cuts, self.plain = model, cuts, (model.run_layers, model.unembed)
+    def __init__(self, model: Llama, group: int):
+        self.model, self.group, self.plain = model, group, (model.run_layers, model.unembed)
         # Where no instruction multiplies bfloat16, graphs read a prompt faster than PyTorch.
         slow = model.dtype == torch.bfloat16 != auto_dtype(model.device)
         self.longest = model.config.max_len if slow else MAX_ROWS
-        c, rows, length = model.config, {0: Dim("rows", min=1, max=ROWS)}, {1: Dim("max_len")}
-        folder = Path(cache_dir()) / "layerskip" / fingerprint(model)
-        folder.mkdir(parents=True, exist_ok=True)
-        cache = new_cache(model, 128, 1)
-        h = torch.zeros(2, c.dim, dtype=model.dtype)
         self.known = WeakKeyDictionary[KVQCache, tuple]()
+        layers, head = self.files()
+        parts = range(0, model.config.n_layers, group)
+        modules = (Layers(model.layers[first : first + group]) for first in parts)
+        self.layers = [load_graph(layers, module) for module in modules]
+        self.head = load_graph(head, nn.Sequential(model.norm, model.lm_head))
+
+    def files(self) -> tuple[Path, Path]:
+        """Files of the graphs of layers and of the head, which are compiled if they are missing."""
+        c, dtype = replace(self.model.config, n_layers=self.group), self.model.dtype
+        folder = Path(cache_dir()) / "layerskip" / fingerprint(c, dtype)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = folder / f"{self.group} layers.pt2", folder / "the head.pt2"
+        if all(file.exists() for file in files):
+            return files
+        like, random = Llama(replace(c, tied=False)).to(dtype), torch.Generator().manual_seed(0)
+        for p in like.parameters():
+            p.data.normal_(generator=random)
+        rows, length = {0: Dim("rows", min=1, max=ROWS)}, {1: Dim("max_len")}
+        cache = new_cache(like, 128, 1)
+        h = torch.zeros(2, c.dim, dtype=dtype)
         places, zeros, keys, values = self.inputs(cache)
-        self.layers = dict[int, Callable]()  # by the first layer
-        for first, last in pairwise(cuts):
-            store = keys[first:last], values[first:last]
-            inputs = (h, *(x[:2] for x in places), zeros[:64], *store)
-            dynamic = (*[rows] * 4, {0: Dim("view")}, *[[length] * (last - first)] * 2)
-            module, name = Layers(model.layers[first:last]), f"layers {first} to {last}"
-            self.layers[first] = make_graph(folder / f"{name}.pt2", module, inputs, dynamic)
-        head = nn.Sequential(model.norm, model.lm_head)
-        self.head = make_graph(folder / "the head.pt2", head, (h,), (rows,))
+        inputs = (h, *(x[:2] for x in places), zeros[:64], keys, values)
+        dynamic = (*[rows] * 4, {0: Dim("view")}, *[[length] * self.group] * 2)
+        compile_graph(files[0], Layers(like.layers), inputs, dynamic)
+        compile_graph(files[1], nn.Sequential(like.norm, like.lm_head), (h,), (rows,))
+        return files
 
     def inputs(self, cache: KVQCache) -> tuple:
         """What graphs take of a cache: (cos, sin, positions), zeros, keys, values."""
@@ -158,14 +231,15 @@ class Graphs:
         """Llama.run_layers. Raises ValueError where a pass begins or ends within a graph."""
         if cache is None or len(h) > self.longest:
             return self.plain[0](h, first, last, cache, start)
-        if not {first, last} <= {*self.cuts}:
-            raise ValueError(f"no graph begins and ends at {first} and {last}, only at {self.cuts}")
+        if first % self.group or last % self.group:
+            raise ValueError(f"compiled layers run by {self.group}, not from {first} to {last}")
         (places, zeros, keys, values), out = self.inputs(cache), []
         for begin, end, view in blocks(start, len(h), ROWS):
             at = slice(start + begin, start + end)
             part, inputs = h[begin:end], [*(x[at] for x in places), zeros[:view]]
-            for a, b in pairwise(c for c in self.cuts if first <= c <= last):
-                (part,) = self.layers[a]([part, *inputs, *keys[a:b], *values[a:b]])
+            for l in range(first, last, self.group):
+                store = [*keys[l : l + self.group], *values[l : l + self.group]]
+                part = self.layers[l // self.group]([part, *inputs, *store])
             out.append(part)
         return torch.cat(out)
 
@@ -173,17 +247,15 @@ class Graphs:
         """Llama.unembed."""
         if h.dim() > 2 or len(h) > MAX_ROWS:
             return self.plain[1](h)
-        return torch.cat([self.head([x])[0] for x in h.split(ROWS)])
+        return torch.cat([self.head([x]) for x in h.split(ROWS)])
 
 
-def fingerprint(model: Llama) -> str:
-    """A name for what graphs depend on: weights, code, PyTorch and the processor."""
+def fingerprint(config: Config, dtype: torch.dtype) -> str:
+    """A name for what graphs depend on: shape, type, code, PyTorch and the processor."""
     about = torch.__version__, torch.get_num_threads(), torch.cpu.get_capabilities(), OPTIONS
-    digest = hashlib.sha256(repr((model.config, *about)).encode())
+    digest = hashlib.sha256(repr((config, dtype, *about)).encode())
     for code in ("extras/compiled.py", "extras/products.py", "exact.py", "model.py"):
         digest.update((Path(__file__).parents[1] / code).read_bytes())
-    for p in model.parameters():
-        digest.update(p.detach().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 
@@ -198,8 +270,9 @@ def compile_model(model: Llama, exit_layer: int = 0) -> Llama:
     if not (os.environ.get("CXX") or shutil.which("c++")):
         raise ValueError("--compile needs a C++ compiler, and there is none called c++")
     c = model.config
-    check_request(c, [0], exit_layer, 1, 1)
-    graphs = Graphs(model, sorted({0, exit_layer, c.n_layers}))
+    check_request(c, [0], exit_layer)
+    shared = math.gcd(exit_layer, c.n_layers)
+    graphs = Graphs(model, max(n for n in range(1, GROUP + 1) if shared % n == 0))
     x = torch.arange(MAX_ROWS * c.dim).sin().view(MAX_ROWS, -1).to(model.dtype)
     cache = new_cache(model, MAX_ROWS, 1)
 
@@ -208,6 +281,10 @@ def compile_model(model: Llama, exit_layer: int = 0) -> Llama:
         return graphs.unembed(h)
 
     whole = logits(0, MAX_ROWS)
+    plain = model.unembed(model.run_layers(x, 0, c.n_layers, cache))
+    if (whole - plain).float().norm() > 0.1 * plain.float().norm():
+        raise ValueError("compiled logits are not the model's on this machine: no --compile")
+    logits(0, MAX_ROWS)  # the cache as before
     for rows, first in product((1, 2, 5, 15), (0, 1, 11)):
         if not torch.equal(logits(first, rows), whole[first : first + rows]):
             raise ValueError("compiled rows do not keep apart on this machine: no --compile")
