@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -63,17 +64,10 @@ def stdlib_files() -> list[Path]:
     return sorted(f for f in root.rglob("*.py") if not LEFT_OUT & set(f.relative_to(root).parts))
 
 
-def files_below(folder: Path) -> list[Path]:
-    """The files of a directory, sorted by name, without those of hidden folders such as .git."""
-    found = sorted(folder.rglob("*"))
-    hidden = [any(part[0] == "." for part in f.relative_to(folder).parts[:-1]) for f in found]
-    return [file for file, hides in zip(found, hidden) if not hides and file.is_file()]
-
-
 def read_files(files: Iterable[Path], say: Say = str) -> Iterator[Document]:
-    """Each file of text as a document, named by its last two path parts; rows files by rows.
+    """Each file of text as a document, named by its last two path parts, or its rows as documents.
 
-    Says how many were skipped: files that are not UTF-8, binary files, JSON without rows.
+    Says how many hold neither.
     """
     version, skipped = Path(sysconfig.get_paths()["stdlib"]).name, 0  # python3.11
     for file in files:
@@ -116,17 +110,15 @@ def read_rows(path: Path) -> Iterator[Document]:
 
 def row_document(row: dict, name: str) -> Document:
     """The document of a row. Raises ValueError, LookupError or TypeError where it is none."""
-    messages = row["messages"] if "messages" in row else ()
-    messages = tuple({key: m[key] for key in ("role", "content")} for m in messages)
-    if messages:
-        text = prompt = ""
+    text, prompt, messages = "", "", tuple[dict, ...]()
+    if "messages" in row and row["messages"]:
+        messages = tuple({key: m[key] for key in ("role", "content")} for m in row["messages"])
+        "".join(m["role"] + m["content"] for m in messages).encode()
+    elif "completion" in row:
+        text, prompt = row["completion"], row["prompt"]
     else:
-        pair = "completion" in row
-        text, prompt = (row["completion"], row["prompt"]) if pair else (row["text"], "")
-    for part in (text, prompt, *(part for m in messages for part in m.values())):
-        if not isinstance(part, str):
-            raise TypeError
-        part.encode()  # refuses half a surrogate pair
+        text = row["text"]
+    "".join((text, prompt)).encode()  # refuses what is no text, and half a surrogate pair
     return Document(name, text, prompt, messages=messages)
 
 
@@ -140,7 +132,10 @@ def read_corpus(sources: list[str], say: Say = str) -> Iterator[Document]:
         if source == "stdlib":
             yield from read_files(stdlib_files(), say)
         elif path.is_dir():
-            yield from read_files(files_below(path), say)
+            found = sorted(f for f in path.rglob("*") if f.is_file())
+            hidden = re.compile(r"(.*/)?\.[^/]*/")  # in folders such as .git
+            seen = (f for f in found if not hidden.match(f.relative_to(path).as_posix()))
+            yield from read_files(seen, say)
         elif not path.is_file():
             what = "give stdlib, a directory, a .txt or a .jsonl file"
             raise ValueError(f"no data at {source}: {what}")

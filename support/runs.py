@@ -34,13 +34,9 @@ from support.data import (
 from support.tokenizer import Tokenizer
 
 CARRIED = (  # what --init had and training does not change
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+    "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json "
+    "added_tokens.json chat_template.jinja"
+).split()
 FOREIGN = ("config.json", "params.json", "*.safetensors", "*.index.json", "tokenizer*")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import Field, asdict, fields, replace
@@ -264,7 +265,7 @@ def main() -> None:
             if args.init and not trainer.step:
                 save_now()  # shows where the training begins
             trainer.train(save_now)
-            run.say(f"\n{args.out} holds the checkpoint: python decode.py --ckpt {args.out}")
+            run.say(f"\na checkpoint: python decode.py --ckpt {shlex.quote(args.out)}")
         finally:
             run.close()
 

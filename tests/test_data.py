@@ -1,7 +1,6 @@
 """Text files as people have them, and what of them has a loss."""
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from support.data import (
     Tokens,
     fingerprint,
     read_corpus,
-    train_tokenizer,
     write_tokens,
 )
 from support.tokenizer import Tokenizer
@@ -70,6 +68,9 @@ def test_a_directory_says_what_it_skips_and_hides_git(tmp_path):
         r'{"prompt": "\udc00", "completion": "a"}',
         r'{"messages": [{"role": "user", "content": "\ud800"}]}',
         '{"messages": []}',
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": [["user", "a"]]}',
+        '{"text": ["a"]}',
         '{"messages": [{"role": "user", "content": null}]}',
         '{"messages": "ab"}',
         '{"text": 1}',
@@ -150,10 +151,3 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "a"}]}]
     with pytest.raises(ValueError, match=r"^rows\.jsonl:1: .*no chat template"):
         prepared(tmp_path, rows, path)
-
-
-def test_a_tokenizer_leaves_no_other_file(tmp_path):
-    lines = [" ".join(chr(97 + (i * k) % 26) * (k % 5 + 1) for k in range(9)) for i in range(300)]
-    train_tokenizer(lines, 300, tmp_path / "tokenizer.model")
-    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.model"]
-    assert math.isfinite(Tokenizer(tmp_path).vocab_size)
