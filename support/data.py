@@ -102,16 +102,16 @@ def read_rows(path: Path) -> Iterator[Document]:
         raise wrong(f"{path} is not UTF-8 text") from None
     except UnicodeEncodeError:
         raise ValueError(f"{path}, row {number} holds half a surrogate pair") from None
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         wanted = '{"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}]}'
         wrong = wrong if number < 2 else ValueError
         raise wrong(f"{path}, row {number} is not {wanted}") from None
 
 
 def row_document(row: dict, name: str) -> Document:
-    """The document of a row. Raises ValueError, LookupError or TypeError where it is none."""
+    """The document of a row. Fails in one of several ways where it is none."""
     text, prompt, messages = "", "", tuple[dict, ...]()
-    if "messages" in row and row["messages"]:
+    if row.get("messages"):
         messages = tuple({key: m[key] for key in ("role", "content")} for m in row["messages"])
         "".join(m["role"] + m["content"] for m in messages).encode()
     elif "completion" in row:
