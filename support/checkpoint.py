@@ -93,6 +93,15 @@ def read_json(file: Path, parse_float: Callable = whole) -> dict:
         return parse_object(file.read_text(encoding="utf-8-sig"), str(file), parse_float)
 
 
+def advice(file: Path, parse_float: Callable = whole) -> dict:
+    """The JSON object in a file that nothing needs; {} if there is none. Says so if it is bad."""
+    try:
+        return read_json(file, parse_float) if os.path.lexists(file) else {}
+    except CheckpointError as error:
+        print(f"not used: {error}", file=sys.stderr)
+        return {}
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write bytes to, which is at `path` if all went well and leaves no trace if not.
@@ -240,11 +249,7 @@ def generation_config(path: str | Path) -> dict:
         "eos_token_id": lambda v: all(count(t, 0) for t in (v if isinstance(v, list) else [v])),
     }
     file = Path(path) / "generation_config.json"
-    try:
-        found = read_json(file) if os.path.lexists(file) else {}
-    except CheckpointError as error:
-        print(f"not used: {error}", file=sys.stderr)
-        return {}
+    found = advice(file)
     found = {key: found[key] for key in usable if found.get(key) is not None}
     for key in [key for key, value in found.items() if not usable[key](value)]:
         print(f"not used: {file}: {key} {found.pop(key)!r:.40}", file=sys.stderr)

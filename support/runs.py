@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from support.checkpoint import parse_object, read_json, whole_file
+from support.checkpoint import advice, parse_object, read_json, whole_file
 from support.data import (
     Document,
     Render,
@@ -134,10 +134,7 @@ class RunDirectory:
 
     def init_json(self, name: str) -> dict:
         """A file of --init as it stands; {} if there is none that can be read."""
-        try:
-            return read_json(self.init / name, float) if self.init else {}
-        except ValueError:
-            return {}
+        return advice(self.init / name, float) if self.init else {}
 
     def write_json(self, name: str, content: dict) -> None:
         """Writes a file of the directory, whole or not at all."""

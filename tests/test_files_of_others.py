@@ -106,8 +106,8 @@ def test_bad_advice_is_named_and_refuses_no_model(tmp_path, capfd, content):
     (path / "generation_config.json").write_text(content)
     load(path)
     assert generation_config(path) == {}
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1 and "generation_config.json" in said
+    said = capfd.readouterr().err.splitlines()
+    assert said and all("generation_config.json" in line and len(line) < 500 for line in said)
 
 
 @pytest.mark.parametrize("ids", [-1, 300, "x", [-1, 257], None, True])
