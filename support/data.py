@@ -57,6 +57,12 @@ class Document:
         digest = hashlib.sha256(os.fsencode(self.name)).digest()
         return int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32
 
+    def plain(self) -> str:
+        """Prompt and text. Raises ValueError for a conversation."""
+        if self.messages:
+            raise ValueError("conversations need the chat template of an --init checkpoint")
+        return self.prompt + self.text
+
 
 def stdlib_files() -> list[Path]:
     """The standard library's .py files without its tests, sorted by name."""
@@ -241,7 +247,7 @@ class Tokens:
             starts = starts.clip(0, len(self) - length - 1)
         ids = np.stack([self.ids[s : s + length + 1] for s in starts]).astype(np.int64)
         if ids.max() >= self.vocab_size:
-            raise ValueError(f"{self.path} is damaged: choose another --out")
+            raise ValueError(f"{self.path} is damaged, or has tokens that the model lacks")
         rows = torch.from_numpy(ids)
         inputs, targets = rows[:, :-1], rows[:, 1:]
         if self.learned is not None:
@@ -251,13 +257,13 @@ class Tokens:
 
 
 def encode(
-    document: Document, tokenizer: Tokenizer, render: Render
+    document: Document, tokenizer: Tokenizer, render: Render | None = None
 ) -> tuple[list[int], list[bool]]:
     """Ids of a document, and which of them have a loss."""
-    if document.messages:
+    if document.messages and render:
         return render(document.messages)
     # The prompt is encoded with the text: a space may belong to either.
-    ids = tokenizer.encode(document.prompt + document.text)
+    ids = tokenizer.encode(document.plain())
     ids += [] if tokenizer.eos is None else [tokenizer.eos]
     shared = common(tokenizer.encode(document.prompt), ids) if document.prompt else 0
     return ids, [place >= shared for place in range(len(ids))]
@@ -269,7 +275,10 @@ def common(a: list[int], b: list[int]) -> int:
 
 
 def write_tokens(
-    documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, render: Render
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    folder: Path,
+    render: Render | None = None,
 ) -> tuple[Tokens, Tokens]:
     """Encodes documents as BOS, tokens, EOS into folder/train.bin and held_out.bin; returns both.
 

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,15 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from support.checkpoint import advice, parse_object, read_json, whole_file
-from support.data import (
-    Document,
-    Render,
-    Tokens,
-    fingerprint,
-    read_corpus,
-    train_tokenizer,
-    write_tokens,
-)
+from support.data import Render, Tokens, fingerprint, read_corpus, train_tokenizer, write_tokens
 from support.tokenizer import Tokenizer
 
 CARRIED = (  # what --init had and training does not change
@@ -64,7 +55,11 @@ class RunDirectory:
         self.out.mkdir(parents=True, exist_ok=True)
         self.locked = open(self.out / "lock", "w")
         try:
-            lock_file(self.locked)
+            import fcntl
+
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # Windows: nothing keeps another run out
         except OSError:
             raise ValueError(f"another run trains in {self.out}: choose another --out") from None
         for file in self.out.glob(".*.tmp"):  # of a run that was killed while it saved
@@ -72,7 +67,7 @@ class RunDirectory:
                 file.unlink()
 
     def open(
-        self, sources: list[str], vocab: int, render: Render
+        self, sources: list[str], vocab: int, render: Render | None = None
     ) -> tuple[Tokens, Tokens, Tokenizer]:
         """Locks the directory and prepares the data: the first process does, then all read it."""
         if self.rank == 0:
@@ -87,7 +82,7 @@ class RunDirectory:
         train, held_out = (Tokens(file, self.tokenizer.vocab_size) for file in files)
         return train, held_out, self.tokenizer
 
-    def prepare_data(self, sources: list[str], vocab: int, render: Render) -> None:
+    def prepare_data(self, sources: list[str], vocab: int, render: Render | None) -> None:
         """Writes the tokens, and the tokenizer: --init's, or one trained here. Once.
 
         Raises ValueError where the directory holds those of other settings or of other data.
@@ -103,7 +98,7 @@ class RunDirectory:
                         shutil.copyfile(self.init / name, self.out / name)
                 tokenizer = Tokenizer(self.out)
             else:
-                texts = (plain_text(d) for d in read_corpus(sources) if not d.held_out)
+                texts = (d.plain() for d in read_corpus(sources) if not d.held_out)
                 tokenizer = train_tokenizer(texts, vocab, self.out / "tokenizer.model")
             write_tokens(read_corpus(sources), tokenizer, self.out, render)
             self.write_json("data.json", wanted)
@@ -274,26 +269,6 @@ class RunDirectory:
         """Lets go of the directory, and of the other processes."""
         if self.locked:
             self.locked.close()
-
-
-def lock_file(file: IO) -> None:
-    """Raises OSError where another process holds the lock. It goes with the process."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        with suppress(ImportError):  # Windows; elsewhere there is no lock
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-
-
-def plain_text(document: Document) -> str:
-    """The text of a document for a new tokenizer. Raises ValueError for a conversation."""
-    if document.messages:
-        raise ValueError(f"{document.name}: conversations need --init with a chat template")
-    return document.prompt + document.text
 
 
 def state_tensors(

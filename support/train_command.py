@@ -132,7 +132,7 @@ def prepare(args: argparse.Namespace, run: RunDirectory) -> tuple[Trainer, Calla
     exit_layers(recipe, config.n_layers)  # refuses a wrong --exits at once
     if settings.seq > config.max_len:
         raise ValueError(f"--seq {settings.seq} is beyond the context of {config.max_len}")
-    render = conversations(run.out)
+    render = conversations(run.out) if args.init else None
     tokens, held_out, tokenizer = run.open(args.data, config.vocab_size, render)
     if min(len(tokens), len(held_out)) <= settings.seq + 1:
         raise ValueError(f"the data is too short for --seq {settings.seq}")
@@ -141,8 +141,7 @@ def prepare(args: argparse.Namespace, run: RunDirectory) -> tuple[Trainer, Calla
         config = replace(config, vocab_size=tokenizer.vocab_size, bos=tokenizer.bos, eos=eos)
         model = Llama(config)
         initialise(model, settings.seed)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model")
+    tokens.vocab_size = held_out.vocab_size = config.vocab_size  # a tokenizer may have more
     trainer = Trainer(model.to(device), recipe, settings, tokens, run)
     given: dict = {k: v if v is None else str(v) for k, v in vars(args).items()}
     given["init"] = run.init and str(run.init)

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 from test_files_of_others import change, made
+from tokenizers import Tokenizer as Fast
 
 from extras import kangaroo
 from model import load_checkpoint
@@ -160,7 +160,7 @@ def test_conversations_are_tuned_on_and_need_a_template(work, capfd):
     file = write_rows(Path("chats.jsonl"), rows)
     run("--init", "a", "--data", file)
     run("--data", file, "--out", "scratch", code=2)
-    assert "chats.jsonl:1: conversations need --init" in capfd.readouterr().err
+    assert "conversations need the chat template of an --init" in capfd.readouterr().err
     Path("a/tokenizer_config.json").unlink()
     run("--init", "a", "--data", file, "--out", "bare", code=2)
     assert "chats.jsonl:1: " in capfd.readouterr().err
@@ -194,18 +194,20 @@ def test_what_a_killed_save_left_is_deleted_and_nothing_else(work):
     with_lock.close()
 
 
-def test_directories_are_locked_by_what_the_system_has(work, monkeypatch):
+def test_a_run_trains_where_there_is_no_fcntl(work, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", None)
     run(*TUNE)
 
-    def taken(handle: int, mode: int, size: int) -> None:
-        raise PermissionError(handle, mode, size)
 
-    windows = SimpleNamespace(LK_NBLCK=2, locking=taken)
-    monkeypatch.setitem(sys.modules, "msvcrt", windows)
-    with pytest.raises(ValueError, match="another run trains in o"):
-        RunDirectory("o", "a").lock()
+def test_a_tokenizer_with_more_tokens_than_the_model_trains_on_text_without_them(work, capfd):
+    file = Path("a/tokenizer.json")
+    fast = Fast.from_file(str(file))
+    fast.add_special_tokens([f"<{i}>" for i in range(60)])
+    fast.save(str(file))
+    run(*TUNE)
+    rows = [{"text": "a <50> b <51>"}] * 300
+    run("--init", "a", "--data", write_rows(Path("b.jsonl"), rows), "--out", "b", code=2)
+    assert "has tokens that the model lacks" in capfd.readouterr().err
 
 
 def test_the_commands_start_where_there_is_no_fcntl():
