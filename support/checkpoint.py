@@ -350,8 +350,8 @@ def _read_files(path: Path) -> tuple[dict, dict[str, Stored]]:
     meta = not os.path.exists(path / "config.json") and os.path.exists(path / "params.json")
     config = read_json(path / ("params.json" if meta else "config.json"))
     files = _weight_files(path, meta)
-    for file in (*files, path / "tokenizer.json", path / "tokenizer.model"):
-        _refuse_stand_in(file)
+    for file in files:
+        refuse_stand_in(file)
     found: dict[str, list[Stored]] = {}
     for file in files:
         with _refusing(f"{file} is no safetensors file"), safe_open(file, "pt") as tensors:
@@ -373,7 +373,7 @@ def _read_files(path: Path) -> tuple[dict, dict[str, Stored]]:
 
 
 @_refusing("no checkpoint")
-def _refuse_stand_in(file: Path) -> None:
+def refuse_stand_in(file: Path) -> None:
     """Raises CheckpointError for a file that a download left in another's place."""
     if os.path.isfile(file):
         with open(file, "rb") as opened:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from decode import Round
 from exact import MAX_ROWS, auto_dtype
 from model import Config, Llama, load_checkpoint
-from support.checkpoint import CheckpointError, generation_config
+from support.checkpoint import CheckpointError, generation_config, refuse_stand_in
 from support.tokenizer import Stream, Tokenizer, visible
 
 DEFAULT_CKPT = Path(__file__).parents[1] / "checkpoints" / "pystdlib"
@@ -111,7 +111,13 @@ def load(
         dtype = auto_dtype(device) if dtype == "auto" else DTYPES[dtype]
     if not ckpt.is_dir():
         raise CheckpointError(f"there is no checkpoint directory {ckpt}")
-    model, tokenizer = load_checkpoint(ckpt, dtype, device), Tokenizer(ckpt)
+    try:
+        tokenizer = Tokenizer(ckpt)
+    except ValueError:
+        for name in ("tokenizer.json", "tokenizer.model"):
+            refuse_stand_in(ckpt / name)
+        raise
+    model = load_checkpoint(ckpt, dtype, device)
     sizes = tokenizer.vocab_size, model.config.vocab_size
     if sizes[0] > sizes[1]:
         raise CheckpointError(f"the tokenizer has {sizes[0]} tokens, the model only {sizes[1]}")

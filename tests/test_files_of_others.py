@@ -77,6 +77,12 @@ def test_what_a_download_left_in_a_files_place_is_named(tmp_path, name, content,
         load(path)
 
 
+def test_what_nobody_needs_may_be_missing(tmp_path):
+    path = made(tmp_path / "a")
+    (path / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    load(path)
+
+
 @pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "adapter_model.safetensors"])
 def test_weights_that_no_index_names_are_named(tmp_path, name):
     path = made(tmp_path / "a")
