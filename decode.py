@@ -12,9 +12,6 @@ the cache:
 Plain decoding is the same round with d = 0 and E = 0. The emitted token is always the verifier's,
 and `pick` is a pure function of (logits, seed, position). So the output is the full model's, greedy
 or sampled, whatever the draft said.
-
-    python decode.py --compare
-    python decode.py --ckpt DIR --exit 8 --draft 6 --prompt "def quicksort("
 """
 
 import math
@@ -115,10 +112,10 @@ def draft(
 ) -> list[int]:
     """Guesses up to `limit` tokens after `token`, with layers [0, exit_layer) and the shared head.
 
-    Leaves their keys and values, and the exit query of `token` and of every guess, in the cache:
-    the last guess is run too, though nobody reads its logits here. Drafting stops early where the
-    top probability is at or below min_confidence (Kangaroo, arXiv 2404.18911, section 3.2), and
-    after an EOS. `model` needs embed, run_layers and unembed alone.
+    Leaves keys, values and exit queries of `token` and of every guess in the cache. So the last
+    guess is run too, though nobody reads its logits here. Drafting stops early where the top
+    probability is at or below min_confidence (Kangaroo, arXiv 2404.18911, section 3.2), and after
+    an EOS. Of a model only embed, run_layers and unembed are used.
     """
     guesses: list[int] = []
     for row in range(limit + 1):
@@ -176,10 +173,7 @@ def accept(
 
 
 class NoDraft:
-    """No guesses: plain decoding, a token of the full model each round. The base of drafters.
-
-    A drafter is made with the verifier's model and cache, and with what ends a draft.
-    """
+    """No guesses: plain decoding, one token a round. The base class of drafters."""
 
     def __init__(
         self, model: Llama, cache: KVQCache, min_confidence: float = 0.0, eos: Collection[int] = ()
@@ -189,13 +183,13 @@ class NoDraft:
     def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
         """At most `limit` guesses of what follows `tokens`, and the number of layers that ran.
 
-        If it is E > 0, layers [0, E) ran on tokens[-1] and every guess, and left keys, values and
-        exit queries in the cache, as `draft` does. If it is 0, verification runs every layer.
+        If it is E > 0, layers [0, E) ran on tokens[-1] and every guess, and left in the cache what
+        `draft` leaves. If it is 0, verification runs every layer.
         """
         return [], 0
 
     def verified(self, tokens: list[int], emitted: list[int], logits: Tensor, pick: Pick) -> None:
-        """Learns what the verifier said after `tokens`: for drafters that want to know."""
+        """Hears what was emitted after `tokens`, and all rows of the verifier's logits."""
 
 
 class EarlyExit(NoDraft):
@@ -243,11 +237,11 @@ def generate(
 ) -> Iterator[Round]:
     """Decodes after prompt_ids, round by round. The tokens are the full model's, whoever drafts.
 
-    exit_layer    E, from 1 to L-1: draft with layers [0, E). 0: no draft, the full model alone.
-    draft_len     d, from 1 to MAX_ROWS - 1: the most tokens drafted in a round.
-    min_confidence   see draft.
-    drafter       a class of drafters like NoDraft, in place of layers [0, exit_layer).
-    eos           ids that end the text; None: the model's own. () never ends it.
+    exit_layer      E, from 1 to L-1: draft with layers [0, E). 0: no draft, the full model alone.
+    draft_len       d, from 1 to MAX_ROWS - 1: the most tokens drafted in a round.
+    min_confidence  stops a draft, from 0 (never) to below 1: see draft.
+    drafter         a class like NoDraft, which drafts in place of layers [0, exit_layer).
+    eos             ids that end the text; None: the model's own. () never ends it.
 
     Ends after max_new_tokens, after an EOS, or when the context is full. With a model from
     exact.pack the output equals plain decoding to the last bit; without, where no two logits nearly
@@ -292,7 +286,7 @@ def check_request(
     sampling: Sampling = Sampling(),
     eos: Collection[int] = (),
 ) -> None:
-    """Raises TypeError or ValueError for a prompt or settings of generate that cannot run."""
+    """Raises TypeError or ValueError for settings of generate that cannot run."""
     for what, value, low, high in (
         ("exit layer", exit_layer, 0, c.n_layers - 1),
         ("draft length", draft_len, 1, MAX_ROWS - 1),

@@ -142,18 +142,19 @@ class RowLinear:
 
 
 def safe_rows(way: Callable[[Tensor], Product], weight: Tensor) -> int:
-    """The smallest M such that way(weight) gives a row the same bits at M to MAX_ROWS rows.
+    """The least of 1, 2, 4, 8, 16 such that way(weight) keeps so many rows and more apart; else 0.
 
-    weight (out, in). Found by trial on this machine, at every place of a row in a pass. 0 says that
-    no M does: then each row must run alone. The trial's terms cancel in pairs, so that nothing but
-    rounding errors is left of a sum. With random inputs a changed order of summation alters 1
-    bfloat16 result in 5,000; with these, nearly all. (A head, which is long, is tried as it is.)
+    weight (out, in). Found by trial on this machine. The trial's terms cancel in pairs, so that
+    nothing but rounding errors is left of a sum. With random inputs a changed order of summation
+    alters 1 bfloat16 result in 5,000; with these, nearly all. (A head, which is long, is tried as
+    it is.)
     """
     out_features, in_features = weight.shape
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(in_features, generator=generator)
     half = in_features // 2
-    first, second, left_over = order.tensor_split((half, 2 * half))
+    first, second, left_over = torch.randperm(in_features, generator=generator).tensor_split(
+        (half, 2 * half)
+    )
 
     def draw(rows: int, sign: float) -> Tensor:  # a weight's halves are w, -w; an input's x, x
         x = torch.randn(rows, in_features, generator=generator, dtype=torch.float64)
@@ -162,19 +163,26 @@ def safe_rows(way: Callable[[Tensor], Product], weight: Tensor) -> int:
         return x.to(weight.device, weight.dtype)
 
     product = way(weight if out_features > 1 << 14 else draw(out_features, -1.0))
-    smallest = 1
-    for _ in range(1 + 64 // out_features):  # few outputs show few differences: try more inputs
-        x = draw(MAX_ROWS, 1.0)
-        full = product(x)
-        for by in (1, 2, MAX_ROWS // 2):  # the place in a pass
-            if not torch.equal(product(x.roll(by, 0)).roll(-by, 0), full):
-                return 0
-        for rows in range(MAX_ROWS - 1, smallest - 1, -1):
-            starts = [*range(0, MAX_ROWS - rows, rows), MAX_ROWS - rows]
-            if not all(torch.equal(product(x[i : i + rows]), full[i : i + rows]) for i in starts):
-                smallest = rows + 1
-                break
-    return smallest
+    inputs = [draw(MAX_ROWS, 1.0) for _ in range(1 + 64 // out_features)]  # few show little
+    for least in (1, 2, 4, 8, MAX_ROWS):
+        if all(keeps_apart(lambda rows: product(x[rows]), least, MAX_ROWS) for x in inputs):
+            return least
+    return 0
+
+
+def keeps_apart(operation: Callable[[Tensor], Tensor], least: int, most: int) -> bool:
+    """Whether rows have the same bits in every company of `least` to `most` rows, at any place.
+
+    operation(numbers (T,)) is the result (T, ...) of a pass of the rows with these numbers.
+    """
+    numbers = torch.arange(most)
+    whole = operation(numbers)
+    for rows in range(most, least - 1, -1):
+        for by in (0, 1, 2, most // 2, most - 1):
+            some = numbers.roll(by)[:rows]
+            if not torch.equal(operation(some), whole[some]):
+                return False
+    return True
 
 
 # --------------------------------------
@@ -228,25 +236,19 @@ def block_mask(positions: Tensor, view: int, heads: int, width: int, dtype: torc
 def safe_width(
     heads: int, groups: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """BLOCK_ROWS if rows of a block do not see each other here, by trial; else 1: each runs alone.
-
-    For H heads in Hkv groups.
-    """
-    generator, width = torch.Generator().manual_seed(0), BLOCK_ROWS
+    """BLOCK_ROWS if padded_attention keeps rows apart here, by trial; else 1: each runs alone."""
+    generator = torch.Generator().manual_seed(0)
     for view in (VIEW, 3 * VIEW, 16 * VIEW):
-        shapes = (width, heads, head_dim), (groups, view, head_dim), (groups, view, head_dim)
+        shapes = (BLOCK_ROWS, heads, head_dim), *[(groups, view, head_dim)] * 2
         q, k, v = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
-        positions = torch.arange(view - width, view, device=device)
 
-        def attend(rows: list[int]) -> Tensor:
-            mask = block_mask(positions[rows], view, heads // groups, width, dtype)
-            return padded_attention(q[rows], k, v, mask, width)
+        def attend(rows: Tensor) -> Tensor:
+            mask = block_mask(view - 1 - rows, view, heads // groups, BLOCK_ROWS, dtype)
+            return padded_attention(q[rows], k, v, mask, BLOCK_ROWS)
 
-        whole = attend(list(range(width)))
-        for rows in (*([i] for i in range(width)), [4, 2, 7], [1, 0, 3, 5, 6]):
-            if not torch.equal(attend(rows), whole[rows]):
-                return 1
-    return width
+        if not keeps_apart(attend, 1, BLOCK_ROWS):
+            return 1
+    return BLOCK_ROWS
 
 
 class RowAttention:
