@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=help_format,
     )
     add = p.add_argument
-    add("--out", required=True, metavar="DIR", help="the run's checkpoint, state and metrics")
+    add("--out", metavar="DIR", help="the run's checkpoint, state and metrics")
     text = "stdlib, directories, .txt, .jsonl (stdlib)"
     add("--data", nargs="+", default=["stdlib"], metavar="SRC", help=text)
     add = p.add_mutually_exclusive_group().add_argument
@@ -249,7 +249,9 @@ def compile(trainer: Trainer) -> None:
 
 
 def main() -> None:
-    args = parser().parse_args()
+    args = (options := parser()).parse_args()
+    if args.out is None:
+        options.error("the following arguments are required: --out")
     with command_errors("train.py"):
         kind: type[RunDirectory] = RunDirectory
         if "RANK" in os.environ:
