@@ -3,10 +3,10 @@
 Text goes to stdout, what is said about it to stderr; colours only to a terminal.
 """
 
-import argparse
 import os
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,6 +33,7 @@ DEFAULT_PROMPT = '''class Stack:
 
     def push(self, item):
 '''
+HELP = partial(RawDescriptionHelpFormatter, max_help_position=26)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -60,18 +61,6 @@ def command_errors(name: str) -> Iterator[None]:
     except OSError:  # let go what stdout still holds: it would be tried again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(code)
-
-
-class HelpFormat(argparse.RawDescriptionHelpFormatter):
-    """Help that fits a screen: a switch and its opposite are one short line."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if isinstance(action, argparse.BooleanOptionalAction):
-            return "--[no-]" + action.option_strings[0][2:]
-        return super()._format_action_invocation(action)
-
-
-help_format = partial(HelpFormat, max_help_position=26)
 
 
 @contextmanager

@@ -14,13 +14,13 @@ from support.console import (
     DEFAULT_CKPT,
     DEFAULT_PROMPT,
     DTYPES,
+    HELP,
     Show,
     Totals,
     collect,
     command_errors,
     comparison,
     default_settings,
-    help_format,
     load,
 )
 from support.tokenizer import Stream
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         description="Draft text with the first layers of a Llama, verify it with the rest: the\n"
         "text is the full model's own, token for token. Defaults are in brackets.",
         epilog=EXAMPLES,
-        formatter_class=help_format,
+        formatter_class=HELP,
     )
     flag: dict = dict(action="store_true")
     text = "a checkpoint (the shipped one)"

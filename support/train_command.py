@@ -16,7 +16,7 @@ import torch
 from exact import BLOCK_ROWS, auto_dtype
 from model import Config, Llama, load_checkpoint, save_checkpoint
 from support.checkpoint import config_fields, read_json
-from support.console import command_errors, compiler_errors, help_format
+from support.console import HELP, command_errors, compiler_errors
 from support.data import Render, Tokens, common
 from support.runs import RunDirectory, state_tensors
 from support.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         description="Train an early-exit Llama. The same command goes on with a stopped run.\n"
         "Defaults are in brackets.",
         epilog=EXAMPLES,
-        formatter_class=help_format,
+        formatter_class=HELP,
     )
     add = p.add_argument
     add("--out", metavar="DIR", help="the run's checkpoint, state and metrics")
