@@ -3,9 +3,12 @@
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 from test_files_of_others import made
 
 from support.data import (
@@ -84,6 +87,25 @@ def test_a_row_that_cannot_be_used_is_named_by_file_and_row(tmp_path, row):
     (tmp_path / "e.jsonl").write_text(f"{ROW}\n\n{row}\n")
     with pytest.raises(ValueError, match=r"e\.jsonl, row 3 "):
         texts(tmp_path / "e.jsonl")
+
+
+PIECES = [b"\xef\xbb\xbf", b"\0", b"\xff", b"\r\n", b"\n", b"[", b"]", b",", b" ", b"{", b"NaN"]
+PIECES += [ROW.encode(), b'{"messages": [', b'{"role": "user", "content": "a"}', b"]}", b"1e999"]
+PIECES += [b'{"prompt": "a", "completion": "b"}', rb'{"text": "\udfff"}', b'{"text": {}}', b"7"]
+NAMES = ["a.jsonl", "a.json", "a.txt"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=6), st.sampled_from(NAMES))
+def test_any_bytes_are_documents_or_one_line_that_names_the_file(pieces, name):
+    with TemporaryDirectory() as folder:
+        file = Path(folder, name)
+        file.write_bytes(b"".join(pieces))
+        for source in (file, folder):
+            try:
+                found = list(read_corpus([str(source)]))
+                assert fingerprint(found) == fingerprint(read_corpus([str(source)]))
+            except ValueError as error:
+                assert name in str(error) and len(str(error).splitlines()) == 1
 
 
 def test_a_name_that_is_not_utf8_is_a_name(tmp_path):
