@@ -42,7 +42,8 @@ VIEW = 64  # attention looks at a multiple of so many positions
 
 def auto_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it, else float32."""
-    if device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    onednn = torch.backends.mkldnn.is_available()  # not in every build of PyTorch
+    if device.type == "cuda" or (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return torch.bfloat16
     return torch.float32
 

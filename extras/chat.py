@@ -76,14 +76,18 @@ class Chat:
         longest = sorted(self.special, key=len, reverse=True)
         return re.split(f"({'|'.join(map(re.escape, longest))})", text) if longest else [text]
 
-    def ask(self, text: str) -> list[int]:
-        """Ids of the conversation, of a user's next message, and of what begins the answer."""
-        asked = [*self.messages, dict(role="user", content=text)]
+    def ids(self, messages: list[dict[str, str]], **settings: Any) -> list[int]:
+        """Ids of the template's text."""
         ids = []
-        for part in self.split(self.render(asked, add_generation_prompt=True)):
+        for part in self.split(self.render(messages, **settings)):
             plain = part.replace(GUARD, "")
             ids += [self.special[part]] if part in self.special else self.encode(plain)
         return ids
+
+    def ask(self, text: str) -> list[int]:
+        """Ids of the conversation, of a user's next message, and of what begins the answer."""
+        asked = [*self.messages, dict(role="user", content=text)]
+        return self.ids(asked, add_generation_prompt=True)
 
     def keep(self, text: str, answer: str) -> None:
         """Adds a message and its answer to the conversation."""

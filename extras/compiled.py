@@ -46,6 +46,7 @@ from exact import (
 )
 from extras.products import faster_products
 from model import Config, Layer, Llama
+from support.console import compiler_errors
 
 GROUP = 6  # the most layers of a graph: fewer take longer to call, more take longer to compile
 OPTIONS = {
@@ -143,7 +144,8 @@ def compile_graph(file: Path, module: nn.Module, inputs: tuple, dynamic: tuple) 
     with torch.no_grad(), warnings.catch_warnings(), faster_products():
         warnings.simplefilter("ignore")
         program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
-        with patch.object(GraphLowering, "allocate_non_dup_const_name", named):
+        allocating = patch.object(GraphLowering, "allocate_non_dup_const_name", named)
+        with allocating, compiler_errors("leave out --compile"):
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(aside), inductor_configs=dict(OPTIONS)
             )
@@ -189,7 +191,17 @@ class Graphs:
         slow = model.dtype == torch.bfloat16 != auto_dtype(model.device)
         self.longest = model.config.max_len if slow else MAX_ROWS
         self.known = WeakKeyDictionary[KVQCache, tuple]()
-        layers, head = self.files()
+        files = self.files()
+        try:
+            self.load(*files)
+        except (RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError):
+            for file in files:  # damaged on disk
+                file.unlink(missing_ok=True)
+            self.load(*self.files())
+
+    def load(self, layers: Path, head: Path) -> None:
+        """Makes the graphs of the model's layers and of its head from these files."""
+        model, group = self.model, self.group
         parts = range(0, model.config.n_layers, group)
         modules = (Layers(model.layers[first : first + group]) for first in parts)
         self.layers = [load_graph(layers, module) for module in modules]

@@ -27,6 +27,8 @@ from model import PREFILL_ROWS, Attend, Attention, Config, Llama, RMSNorm, causa
 from support.checkpoint import CheckpointError, whole_file
 from support.console import DEFAULT_CKPT, command_errors, load
 from support.data import read_corpus, write_tokens
+from support.runs import RunDirectory
+from support.train_command import conversations
 
 
 class Adapter(nn.Module):
@@ -132,7 +134,10 @@ def train(args: argparse.Namespace) -> None:
     if least < 1 or args.exit > last or not 0 < args.lr < 1:
         raise ValueError(f"all must be above 0, --exit at most {last}, --lr below 1")
     (folder := args.out / "tokens").mkdir(parents=True, exist_ok=True)
-    parts = write_tokens(read_corpus(args.data), tokenizer, folder)
+    run = RunDirectory(args.out, None)  # for Ctrl-C and words alone
+    parts = write_tokens(
+        read_corpus(args.data, run.say), tokenizer, folder, conversations(args.ckpt)
+    )
     if min(map(len, parts)) <= args.seq + 1:
         raise ValueError("too little data for this --seq")
     device, fast = model.device, auto_dtype(model.device) == torch.bfloat16
@@ -154,9 +159,10 @@ def train(args: argparse.Namespace) -> None:
         found = torch.stack([torch.stack(loss_on(1, number)) for number in range(16)])
         loss, agreement = found.mean(0).tolist()
         text = f"held-out loss {loss:.3f}, agreement {agreement:.3f}"
-        print(f"\rstep {step} of {args.steps}: {text}", file=sys.stderr, flush=True)
+        run.say(f"\rstep {step} of {args.steps}: {text}")
         return loss
 
+    run.watch_signals()
     optimizer = torch.optim.AdamW(adapter.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     report(0)
     for step in range(1, args.steps + 1):  # 50 steps up to --lr, then a cosine to a tenth
@@ -168,13 +174,18 @@ def train(args: argparse.Namespace) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if sys.stderr.isatty():
-            print(f"\rstep {step} of {args.steps}, loss {loss:.3f} ", end="", file=sys.stderr)
-        if step % max(1, args.steps // 10) == 0 or step == args.steps:
+            run.say(f"\rstep {step} of {args.steps}, loss {loss:.3f} ", end="")
+        stopped = run.stopped()
+        if step % max(1, args.steps // 10) == 0 or step == args.steps or stopped:
             found = report(step)
+        if stopped:
+            break
     if not math.isfinite(found):
         raise ValueError("the loss is not finite: lower --lr")
     save_adapter(adapter, args.out, vars(args) | dict(held_out_loss=found))
-    print(f"the adapter is in {args.out}", file=sys.stderr)
+    run.say(f"the adapter{', stopped early,' * stopped} is in {args.out}")
+    if stopped:
+        raise SystemExit(130)
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ class ShardedRun(RunDirectory):
         if self.rank == 0:
             (aside / "run.json").write_text(json.dumps(about))
             for file in aside.iterdir():
-                with open(file, "rb") as written:
+                with open(file, "r+b") as written:
                     os.fsync(written.fileno())
             old = self.out / "state-shards.old"
             if place.exists():

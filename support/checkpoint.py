@@ -13,7 +13,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -42,6 +43,10 @@ META_NAMES = {
 }
 LIBRARY = (SafetensorError, OSError, RuntimeError, MemoryError)
 WRONG_KIND = (ValueError, TypeError, LookupError, ArithmeticError)
+NOT_CONTENT = {  # how a file begins that stands where another should
+    b"version https://git-lfs": "a Git LFS pointer, not the file: run `git lfs pull`",
+    b"<!doctype html": "a web page, not the file: download it again",
+}
 
 
 class CheckpointError(ValueError):
@@ -63,23 +68,38 @@ def _refusing(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: {str(error) or 'out of memory'}") from None
 
 
-def parse_object(text: str, name: str) -> dict:
+def whole(number: str) -> int | float:
+    """A number of JSON. Some writers give whole numbers as 19.0."""
+    value = float(number)
+    return int(value) if value.is_integer() else value
+
+
+def parse_object(text: str, name: str, parse_float: Callable = whole) -> dict:
     """The JSON object in the text of the file `name`. Raises CheckpointError if it holds none."""
     depths = accumulate((c in "[{") - (c in "]}") for c in text)
     with _refusing(f"{name} is not a JSON object"):
         if max(depths, default=0) > 100:  # would exhaust the stack, here or in a message
             raise ValueError("it is nested too deep")
-        if isinstance(found := json.loads(text), dict):
+        if isinstance(found := json.loads(text, parse_float=parse_float), dict):
             return found
         raise ValueError(f"it is a {type(found).__name__}")
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path, parse_float: Callable = whole) -> dict:
     """The JSON object in a file. Raises CheckpointError if there is none."""
     with _refusing(f"{file} cannot be read"):
         if not os.path.isfile(file):
             raise ValueError("there is no such file")
-        return parse_object(file.read_text(encoding="utf-8"), str(file))
+        return parse_object(file.read_text(encoding="utf-8-sig"), str(file), parse_float)
+
+
+def advice(file: Path, parse_float: Callable = whole) -> dict:
+    """The JSON object in a file that nothing needs; {} if there is none. Says so if it is bad."""
+    try:
+        return read_json(file, parse_float) if os.path.lexists(file) else {}
+    except CheckpointError as error:
+        print(f"not used: {error}", file=sys.stderr)
+        return {}
 
 
 @contextmanager
@@ -98,7 +118,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
         with file:
             mode = os.stat(target if target.exists() else aside).st_mode & 0o777
             yield file
-        with open(aside, "rb") as written:  # by name: save_file puts a new file there
+        with open(aside, "r+b") as written:  # by name: save_file puts a new file there
             os.fsync(written.fileno())
         os.chmod(aside, mode)
         os.replace(aside, target)
@@ -176,11 +196,13 @@ def config_fields(c: dict) -> dict:
         if ROPE_KEYS[name] not in rope:
             raise _bad(f"rope {ROPE_KEYS[name]} is missing")
         found[name] = rope[ROPE_KEYS[name]]
-    eos = c.get("eos_token_id")
-    found["eos"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    found = {"n_kv_heads": found["n_heads"], "norm_eps": 1e-6, "tied": False, "bos": None} | found
+    found = {"n_kv_heads": found["n_heads"], "norm_eps": 1e-6, "tied": False} | found
     _check_ranges(found)
-    return found
+    for name in ("bos", "eos"):  # advice: ids such as -1 are no reason to refuse a model
+        ids = c.get(f"{name}_token_id")
+        ids = [t for t in (ids if isinstance(ids, list) else [ids]) if type(t) is int]
+        found[name] = tuple(t for t in ids if 0 <= t < found["vocab_size"])
+    return found | {"bos": next(iter(found["bos"]), None)}
 
 
 def _check_ranges(found: dict) -> None:
@@ -191,6 +213,7 @@ def _check_ranges(found: dict) -> None:
         if type(value) not in kinds or not low <= value <= high:
             kind = "a whole number" if kinds == (int,) else "a number"
             raise _bad(f"{name} must be {kind} from {low} to {high}, not {value!r:.40}")
+        found[name] = type(low)(value)
     heads, groups = found["n_heads"], found["n_kv_heads"]
     if heads % groups:
         raise _bad(f"{heads} heads do not divide into {groups} key/value heads")
@@ -201,10 +224,6 @@ def _check_ranges(found: dict) -> None:
         raise _bad("rope low_freq_factor must be below high_freq_factor")
     if not isinstance(found["tied"], bool):
         raise _bad(f"tie_word_embeddings must be true or false, not {found['tied']!r:.40}")
-    for token in (*found["eos"], *(() if found["bos"] is None else (found["bos"],))):
-        if type(token) is not int or not 0 <= token < found["vocab_size"]:
-            last = found["vocab_size"] - 1
-            raise _bad(f"a special token must be from 0 to {last}, not {token!r:.40}")
 
 
 def config_json(fields: dict, dtype: torch.dtype) -> dict:
@@ -221,7 +240,7 @@ def config_json(fields: dict, dtype: torch.dtype) -> dict:
 
 
 def generation_config(path: str | Path) -> dict:
-    """Settings of generation_config.json, {} without one. CheckpointError if one is unusable."""
+    """Settings of generation_config.json, {} without one. Unusable ones are named on stderr."""
     count = lambda v, least=1: type(v) is int and v >= least  # of True, the type is bool
     usable = {
         "assistant_early_exit": count,
@@ -230,11 +249,10 @@ def generation_config(path: str | Path) -> dict:
         "eos_token_id": lambda v: all(count(t, 0) for t in (v if isinstance(v, list) else [v])),
     }
     file = Path(path) / "generation_config.json"
-    found = read_json(file) if os.path.lexists(file) else {}
+    found = advice(file)
     found = {key: found[key] for key in usable if found.get(key) is not None}
-    for key, value in found.items():
-        if not usable[key](value):
-            raise CheckpointError(f"{file}: {key} cannot be {value!r:.40}")
+    for key in [key for key, value in found.items() if not usable[key](value)]:
+        print(f"not used: {file}: {key} {found.pop(key)!r:.40}", file=sys.stderr)
     return found
 
 
@@ -279,12 +297,19 @@ class Stored:
 def read_checkpoint(path: str | Path) -> tuple[dict, dict[str, Stored]]:
     """Fields of model.Config, and the tensors by name, of a checkpoint directory.
 
-    Raises CheckpointError where it does not hold a Llama's shape and floats in safetensors.
+    As in transformers, a tied head that is stored with other values is not tied, and one that is
+    stored alone is the embedding too. Raises CheckpointError where the directory does not hold a
+    Llama's shape and floats in safetensors.
     """
     config, tensors = _read_files(Path(path))
     fields = config_fields(config)
+    table, head = "embed_tokens.weight", "lm_head.weight"
+    if fields["tied"] and head in tensors:
+        a, b = tensors.setdefault(table, tensors[head]), tensors[head]
+        same = a.shape == b.shape and a.dtype == b.dtype
+        fields["tied"] = a is b or (same and torch.equal(a.read(), b.read()))
     if fields["tied"]:
-        tensors.pop("lm_head.weight", None)
+        tensors.pop(head, None)
     return fields, tensors
 
 
@@ -325,6 +350,8 @@ def _read_files(path: Path) -> tuple[dict, dict[str, Stored]]:
     meta = not os.path.exists(path / "config.json") and os.path.exists(path / "params.json")
     config = read_json(path / ("params.json" if meta else "config.json"))
     files = _weight_files(path, meta)
+    for file in files:
+        refuse_stand_in(file)
     found: dict[str, list[Stored]] = {}
     for file in files:
         with _refusing(f"{file} is no safetensors file"), safe_open(file, "pt") as tensors:
@@ -346,6 +373,17 @@ def _read_files(path: Path) -> tuple[dict, dict[str, Stored]]:
 
 
 @_refusing("no checkpoint")
+def refuse_stand_in(file: Path) -> None:
+    """Raises CheckpointError for a file that a download left in another's place."""
+    if os.path.isfile(file):
+        with open(file, "rb") as opened:
+            start = opened.read(32).lower()
+        for sign, what in NOT_CONTENT.items():
+            if start.startswith(sign):
+                raise CheckpointError(f"{file} is {what}")
+
+
+@_refusing("no checkpoint")
 def _weight_files(path: Path, meta: bool) -> list[Path]:
     """The weight files of a directory, in order."""
     names, index = sorted(os.listdir(path)), "model.safetensors.index.json"
@@ -362,6 +400,8 @@ def _weight_files(path: Path, meta: bool) -> list[Path]:
     if not shards:
         pickles = [name for name in names if name.endswith((".pth", ".bin", ".pt", ".ckpt"))]
         what = f"only pickles, which can run any code ({pickles[0]})" if pickles else "none"
+        if others := [name for name in names if name.endswith(".safetensors")]:
+            what = f"{others[0]!r:.80} without {index}, which lists shards: get that too"
         raise CheckpointError(f"{path} must hold weights in safetensors, but holds {what}")
     return [path / name for name in shards]
 

@@ -6,10 +6,14 @@ Text goes to stdout, what is said about it to stderr; colours only to a terminal
 import os
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
+from subprocess import CalledProcessError
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +21,7 @@ from safetensors import SafetensorError
 from decode import Round
 from exact import MAX_ROWS, auto_dtype
 from model import Config, Llama, load_checkpoint
-from support.checkpoint import CheckpointError, generation_config
+from support.checkpoint import CheckpointError, generation_config, refuse_stand_in
 from support.tokenizer import Stream, Tokenizer, visible
 
 DEFAULT_CKPT = Path(__file__).parents[1] / "checkpoints" / "pystdlib"
@@ -29,6 +33,7 @@ DEFAULT_PROMPT = '''class Stack:
 
     def push(self, item):
 '''
+HELP = partial(RawDescriptionHelpFormatter, max_help_position=26)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -36,6 +41,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 def command_errors(name: str) -> Iterator[None]:
     """For the main of a command: what cannot run ends it with one clear line and exit code 2."""
     sys.stderr, code = sys.stderr or open(os.devnull, "w"), 2  # for None, print takes stdout
+    if isinstance(sys.stdout, TextIOWrapper):  # ascii or cp1252 lacks most characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
         print(end="", flush=True)
@@ -54,6 +61,16 @@ def command_errors(name: str) -> Iterator[None]:
     except OSError:  # let go what stdout still holds: it would be tried again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(code)
+
+
+@contextmanager
+def compiler_errors(option: str) -> Iterator[None]:
+    """Makes what PyTorch says when a C++ compiler fails a ValueError: `option` goes without one."""
+    try:
+        yield
+    except (RuntimeError, CalledProcessError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the C++ compiler does not work: {option} ({reason:.300})") from None
 
 
 # --------------------------------------
@@ -83,7 +100,13 @@ def load(
         dtype = auto_dtype(device) if dtype == "auto" else DTYPES[dtype]
     if not ckpt.is_dir():
         raise CheckpointError(f"there is no checkpoint directory {ckpt}")
-    tokenizer, model = Tokenizer(ckpt), load_checkpoint(ckpt, dtype, device)
+    try:
+        tokenizer = Tokenizer(ckpt)
+    except ValueError:
+        for name in ("tokenizer.json", "tokenizer.model"):
+            refuse_stand_in(ckpt / name)
+        raise
+    model = load_checkpoint(ckpt, dtype, device)
     sizes = tokenizer.vocab_size, model.config.vocab_size
     if sizes[0] > sizes[1]:
         raise CheckpointError(f"the tokenizer has {sizes[0]} tokens, the model only {sizes[1]}")
@@ -189,7 +212,8 @@ class Show:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], text: str):
         self.stream, self.terminal = Stream(tokenizer, prompt_ids), sys.stdout.isatty()
-        self.colours = self.terminal and "NO_COLOR" not in os.environ
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        self.colours = self.terminal and not plain
         self.before = text if self.terminal else ""  # not shown for a prompt that cannot run
 
     def __call__(self, r: Round) -> None:

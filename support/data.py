@@ -10,9 +10,11 @@ import hashlib
 import io
 import json
 import os
+import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,12 @@ import torch
 from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
+from support.checkpoint import whole_file
 from support.tokenizer import Tokenizer
 
+ROWS = {".jsonl", ".ndjson", ".json"}  # suffixes of files of rows
+Say = Callable[[str], object]  # tells a person; str tells nobody
+Render = Callable[[tuple], tuple[list[int], list[bool]]]  # messages -> ids, and which have a loss
 HELD_OUT = 0.04  # share of documents that training never sees
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3"}
 LEFT_OUT |= {"__pycache__", "encodings", "pydoc_data"}  # the last two: tables, and the manual
@@ -29,22 +35,33 @@ PIECE = 1 << 13  # characters of a .txt file that make one document; every 25th 
 IGNORED = -100  # target of a token that has no loss
 
 
+class NoText(ValueError):
+    """A file that holds no text and no rows."""
+
+
 @dataclass(frozen=True)
 class Document:
-    """A text; of `prompt`, which comes before it, nothing is learned."""
+    """A text, and an optional prompt that carries no loss; or a conversation in their place."""
 
     name: str
     text: str
     prompt: str = ""
     kept_back: bool | None = None  # held out or not; None: by the hash of the name
+    messages: tuple = ()  # [{"role", "content"}]; the assistant's carry loss
 
     @property
     def held_out(self) -> bool:
         """Whether training leaves this document to evaluation."""
         if self.kept_back is not None:
             return self.kept_back
-        digest = hashlib.sha256(self.name.encode()).digest()
+        digest = hashlib.sha256(os.fsencode(self.name)).digest()
         return int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32
+
+    def plain(self) -> str:
+        """Prompt and text. Raises ValueError for a conversation."""
+        if self.messages:
+            raise ValueError("conversations need the chat template of an --init checkpoint")
+        return self.prompt + self.text
 
 
 def stdlib_files() -> list[Path]:
@@ -53,65 +70,101 @@ def stdlib_files() -> list[Path]:
     return sorted(f for f in root.rglob("*.py") if not LEFT_OUT & set(f.relative_to(root).parts))
 
 
-def read_files(files: Iterable[Path]) -> Iterator[Document]:
-    """Each file that is UTF-8 as a document, named by its last two path parts."""
-    version = Path(sysconfig.get_paths()["stdlib"]).name  # python3.11
+def read_files(files: Iterable[Path], say: Say = str) -> Iterator[Document]:
+    """Each file of text as a document, named by its last two path parts, or its rows as documents.
+
+    Says how many hold neither.
+    """
+    version, skipped = Path(sysconfig.get_paths()["stdlib"]).name, 0  # python3.11
     for file in files:
         try:
-            yield Document(
-                "/".join(file.parts[-2:]).replace(version, "python"),
-                file.read_text(encoding="utf-8"),
-            )
-        except (UnicodeDecodeError, OSError):
-            continue
-
-
-def read_lines(path: Path) -> Iterator[Document]:
-    """Each line of a JSONL file, {"text"} or {"prompt", "completion"}, as a document.
-
-    Raises ValueError, one line, where a line has neither.
-    """
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
+            if file.suffix.lower() in ROWS:
+                yield from read_rows(file)
                 continue
-            try:
-                row = json.loads(line)
-                text, prompt = (
-                    (row["completion"], row["prompt"]) if "completion" in row else (row["text"], "")
-                )
-                if not isinstance(text, str) or not isinstance(prompt, str):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError):
-                wanted = '{"text": ...} or {"prompt": ..., "completion": ...}'
-                raise ValueError(f"{path}, line {number} is not {wanted}") from None
-            yield Document(f"{path.name}:{number}", text, prompt)
+            text = file.read_text(encoding="utf-8-sig")
+            if "\0" in text:
+                raise NoText
+            yield Document("/".join(file.parts[-2:]).replace(version, "python"), text)
+        except (NoText, UnicodeDecodeError, OSError):
+            skipped += 1
+    if skipped:
+        say(f"skipped {skipped} files that are not UTF-8 text")
 
 
-def read_corpus(sources: list[str]) -> Iterator[Document]:
-    """Documents of stdlib, .jsonl and .txt files, and directories.
+def read_rows(path: Path) -> Iterator[Document]:
+    """Each row of a file as a document: a line, or an element of the array that .json may hold.
+
+    Raises ValueError where a row is none; NoText for a .json file of another kind.
+    """
+    wrong, number = NoText if path.suffix.lower() == ".json" else ValueError, 0
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            array = wrong is NoText and file.read(1) == "["
+            file.seek(0)
+            for number, row in enumerate(json.load(file) if array else file, 1):
+                if array or row.strip():
+                    yield row_document(row if array else json.loads(row), f"{path.name}:{number}")
+    except UnicodeDecodeError:
+        raise wrong(f"{path} is not UTF-8 text") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{path}, row {number} holds half a surrogate pair") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        wanted = '{"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}]}'
+        wrong = wrong if number < 2 else ValueError
+        raise wrong(f"{path}, row {number} is not {wanted}") from None
+
+
+def row_document(row: dict, name: str) -> Document:
+    """The document of a row. Fails in one of several ways where it is none."""
+    text, prompt, messages = "", "", tuple[dict, ...]()
+    if row.get("messages"):
+        messages = tuple({key: m[key] for key in ("role", "content")} for m in row["messages"])
+        "".join(m["role"] + m["content"] for m in messages).encode()
+    elif "completion" in row:
+        text, prompt = row["completion"], row["prompt"]
+    else:
+        text = row["text"]
+    "".join((text, prompt)).encode()  # refuses what is no text, and half a surrogate pair
+    return Document(name, text, prompt, messages=messages)
+
+
+def read_corpus(sources: list[str], say: Say = str) -> Iterator[Document]:
+    """Documents of stdlib, of files of rows or of text, and of directories.
 
     Raises ValueError where a source is missing or cannot be read as text.
     """
     for source in sources:
         path = Path(source)
         if source == "stdlib":
-            yield from read_files(stdlib_files())
+            yield from read_files(stdlib_files(), say)
         elif path.is_dir():
-            yield from read_files(sorted(f for f in path.rglob("*") if f.is_file()))
+            found = sorted(f for f in path.rglob("*") if f.is_file())
+            hidden = re.compile(r"(.*/)?\.[^/]*/")  # in folders such as .git
+            seen = (f for f in found if not hidden.match(f.relative_to(path).as_posix()))
+            yield from read_files(seen, say)
         elif not path.is_file():
             what = "give stdlib, a directory, a .txt or a .jsonl file"
             raise ValueError(f"no data at {source}: {what}")
         else:
             try:
-                if path.suffix == ".jsonl":
-                    yield from read_lines(path)
+                if path.suffix.lower() in ROWS:
+                    yield from read_rows(path)
                     continue
-                with open(path, encoding="utf-8") as file:
+                with open(path, encoding="utf-8-sig") as file:
                     for number, piece in enumerate(iter(lambda: file.read(PIECE), "")):
                         yield Document(f"{path.name}:{number}", piece, kept_back=number % 25 == 3)
             except UnicodeDecodeError:
                 raise ValueError(f"{source} is not UTF-8 text") from None
+
+
+def fingerprint(documents: Iterable[Document]) -> dict:
+    """Size and hash of what documents say, whatever their files are called."""
+    digest, size = hashlib.sha256(), 0
+    for d in documents:
+        part = repr((d.prompt, d.text, d.messages)).encode()
+        digest.update(part)
+        size += len(part)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
@@ -145,17 +198,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokeni
         reason = " ".join(str(error).split())
         text = f"no tokenizer of {vocab_size} tokens can be trained on this text: {reason}"
         raise ValueError(text) from None
-    aside = path.with_suffix(".new")
-    aside.write_bytes(model.getvalue())
-    os.replace(aside, path)
+    with whole_file(path) as file:
+        file.write(model.getvalue())
     return Tokenizer(path)
 
 
 class Tokens:
     """Token ids of documents, one after another, in a memmap.
 
-    Where documents have prompts, a .mask file beside it says which ids have a loss. Raises
-    ValueError where the two differ in length.
+    Where some have no loss, a .mask file beside it says which have one. Raises ValueError where
+    none has, or where the two differ in length.
     """
 
     def __init__(self, path: Path, vocab_size: int):
@@ -165,9 +217,16 @@ class Tokens:
         self.path, self.vocab_size = path, vocab_size
         if self.learned is not None and len(self.learned) != len(self.ids):
             raise ValueError(f"{mask} is damaged: choose another --out")
+        if self.targets is not None and not len(self.targets):
+            raise ValueError(f"nothing in {path.name} has a loss: give more, or other, data")
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def targets(self) -> np.ndarray | None:
+        """Places of the ids that have a loss, (n,); None if all have."""
+        return None if self.learned is None else np.flatnonzero(self.learned[1:]) + 1
 
     @staticmethod
     def dtype(vocab_size: int) -> type:
@@ -180,10 +239,15 @@ class Tokens:
         A target without a loss is IGNORED. Raises ValueError on an id outside the vocabulary.
         """
         random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
-        starts = random.integers(0, len(self) - length, batch)
+        if self.targets is None:
+            starts = random.integers(0, len(self) - length, batch)
+        else:  # each crop holds a target that has a loss
+            at = self.targets[random.integers(0, len(self.targets), batch)]
+            starts = at - 1 - random.integers(0, length, batch)
+            starts = starts.clip(0, len(self) - length - 1)
         ids = np.stack([self.ids[s : s + length + 1] for s in starts]).astype(np.int64)
         if ids.max() >= self.vocab_size:
-            raise ValueError(f"{self.path} is damaged: choose another --out")
+            raise ValueError(f"{self.path} is damaged, or has tokens that the model lacks")
         rows = torch.from_numpy(ids)
         inputs, targets = rows[:, :-1], rows[:, 1:]
         if self.learned is not None:
@@ -192,33 +256,53 @@ class Tokens:
         return inputs, targets
 
 
+def encode(
+    document: Document, tokenizer: Tokenizer, render: Render | None = None
+) -> tuple[list[int], list[bool]]:
+    """Ids of a document, and which of them have a loss."""
+    if document.messages and render:
+        return render(document.messages)
+    # The prompt is encoded with the text: a space may belong to either.
+    ids = tokenizer.encode(document.plain())
+    ids += [] if tokenizer.eos is None else [tokenizer.eos]
+    shared = common(tokenizer.encode(document.prompt), ids) if document.prompt else 0
+    return ids, [place >= shared for place in range(len(ids))]
+
+
+def common(a: list[int], b: list[int]) -> int:
+    """How many ids two texts share from their start on."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
 def write_tokens(
-    documents: Iterable[Document], tokenizer: Tokenizer, folder: Path
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    folder: Path,
+    render: Render | None = None,
 ) -> tuple[Tokens, Tokens]:
     """Encodes documents as BOS, tokens, EOS into folder/train.bin and held_out.bin; returns both.
 
-    Raises ValueError where a file stays empty.
+    `render` encodes conversations. Raises ValueError where a file stays empty.
     """
     dtype, names = Tokens.dtype(tokenizer.vocab_size), ("train", "held_out")
     files = {
         name: (open(folder / f"{name}.bin", "wb"), open(folder / f"{name}.mask", "wb"))
         for name in names
     }
-    prompts = False
+    masked = False
     for document in documents:
         ids, mask = files[names[document.held_out]]
-        # The prompt is encoded with the text: a space may belong to either.
-        whole = tokenizer.encode(document.prompt + document.text)
-        whole += [] if tokenizer.eos is None else [tokenizer.eos]
-        prompt = tokenizer.encode(document.prompt) if document.prompt else []
-        shared = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), len(prompt))
+        try:
+            whole, learned = encode(document, tokenizer, render)
+        except ValueError as error:
+            raise ValueError(f"{document.name}: {error}") from None
         np.array(whole, dtype=dtype).tofile(ids)
-        np.array([False] * shared + [True] * (len(whole) - shared)).tofile(mask)
-        prompts = prompts or shared > 0
+        np.array(learned).tofile(mask)
+        masked = masked or not all(learned)
     for file in (f for pair in files.values() for f in pair):
         file.close()
     for name in names:
-        if not prompts:
+        if not masked:
             (folder / f"{name}.mask").unlink()
         if not (folder / f"{name}.bin").stat().st_size:
             raise ValueError(

@@ -14,6 +14,7 @@ from support.console import (
     DEFAULT_CKPT,
     DEFAULT_PROMPT,
     DTYPES,
+    HELP,
     Show,
     Totals,
     collect,
@@ -24,30 +25,38 @@ from support.console import (
 )
 from support.tokenizer import Stream
 
+EXAMPLES = """examples:
+  python decode.py --compare
+  python decode.py --ckpt DIR --exit 8 --draft 6 --prompt "def quicksort(\""""
+
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     p = argparse.ArgumentParser(
         prog="decode.py",
-        description="Draft text with the first layers of a Llama, verify it with the rest: "
-        "the text is the full model's own, token for token.",
-        epilog="Without arguments: the shipped checkpoint and a default prompt. Try --compare.",
+        usage="%(prog)s [options] [-]",
+        description="Draft text with the first layers of a Llama, verify it with the rest: the\n"
+        "text is the full model's own, token for token. Defaults are in brackets.",
+        epilog=EXAMPLES,
+        formatter_class=HELP,
     )
     flag: dict = dict(action="store_true")
-    p.add_argument("--ckpt", type=Path, default=DEFAULT_CKPT, metavar="DIR", help="a checkpoint")
+    text = "a checkpoint (the shipped one)"
+    p.add_argument("--ckpt", type=Path, default=DEFAULT_CKPT, metavar="DIR", help=text)
     add = p.add_mutually_exclusive_group().add_argument
-    add("stdin", nargs="?", choices=["-"], help="- reads the prompt from standard input")
-    add("--prompt", metavar="TEXT", default=DEFAULT_PROMPT, help="text to go on from")
+    add("stdin", nargs="?", metavar="-", help="read the prompt from standard input")
+    add("--prompt", metavar="TEXT", default=DEFAULT_PROMPT, help="text to go on from (a class)")
     add("--interactive", **flag, help="complete one line of input after the other")
     p.add_argument("--chat", **flag, help="text is a message, by the checkpoint's chat template")
-    p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="%(default)s")
+    text = "the most new tokens (%(default)s)"
+    p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help=text)
     p.add_argument("--json", **flag, help="each run as one JSON object, not as text")
 
-    group = p.add_argument_group("drafting (defaults come with the checkpoint)")
+    group = p.add_argument_group("drafting (where brackets are missing: the checkpoint's own)")
     add = group.add_argument
-    add("--exit", metavar="E", help="draft with the first E layers; auto: chosen from the prompt")
-    add("--drafter", default="exit", metavar="WHO", help=f"draft with {FORMS}")
-    add("--draft", dest="draft_len", type=int, help="most tokens drafted a round")
+    add("--exit", metavar="E", help="draft with the first E layers; auto: chosen by trial")
+    add("--drafter", default="exit", metavar="WHO", help=f"{FORMS} (exit)")
+    add("--draft", dest="draft_len", type=int, metavar="D", help="most tokens drafted a round")
     text = "stop drafting at or below this probability"
     add("--min-confidence", type=float, metavar="C", help=text)
     add = group.add_mutually_exclusive_group().add_argument
@@ -56,18 +65,20 @@ def parser() -> argparse.ArgumentParser:
     add("--compare", **flag, help="also run the full model: the same, and faster?")
 
     add = p.add_argument_group("sampling (reproducible from the seed, drafted or not)").add_argument
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    add("--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest; 0: all")
-    add("--top-p", type=float, default=1.0, metavar="P", help="among those that hold probability P")
-    add("--seed", type=int, default=0)
+    add("--temperature", type=float, default=0.0, metavar="T", help="0: greedy (0)")
+    add("--top-k", type=int, default=0, metavar="K", help="of the K likeliest; 0: of all (0)")
+    text = "of those that hold probability P (1)"
+    add("--top-p", type=float, default=1.0, metavar="P", help=text)
+    add("--seed", type=int, default=0, metavar="N", help="of the noise (0)")
 
     group = p.add_argument_group("engine")
-    text = "auto: bfloat16 where the hardware multiplies it, else float32"
-    group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=text)
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: cuda if any")
+    text = f"{', '.join(DTYPES)}; auto: bfloat16 if the hardware multiplies it (auto)"
+    choices = ["auto", *DTYPES]
+    group.add_argument("--dtype", choices=choices, default="auto", metavar="TYPE", help=text)
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; cuda if any (auto)")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--no-exact", **flag, help="the plain model: near-ties may make drafted text differ")
-    add("--compile", **flag, help="compile first (needs a C++ compiler): as exact, then faster")
+    add("--no-exact", **flag, help="the plain model: drafted text may differ at near-ties")
+    add("--compile", **flag, help="compile first, by a C++ compiler: as exact, then faster")
     return p
 
 
@@ -149,6 +160,10 @@ class Session:
         show = None if args.json else Show(self.tokenizer, ids, "" if args.chat else text)
         try:
             collect(rounds, show, result, args.compare)
+        except KeyboardInterrupt:
+            if not args.interactive:
+                raise
+            return result  # the conversation goes on
         finally:  # Ctrl-C leaves the line whole, and the statistics
             if show and result.rounds:
                 show.finish()
@@ -197,12 +212,14 @@ class Session:
 
 
 def main() -> None:
-    args = parser().parse_args()
+    args = (options := parser()).parse_args()
+    if args.stdin not in (None, "-"):
+        options.error(f"{args.stdin!r:.80} belongs to no option: text goes after --prompt")
     with command_errors("decode.py"):
         if sys.stdout is None or (sys.stdin is None and (args.stdin or args.interactive)):
             raise ValueError("standard input or output is closed")
         given = args.prompt.encode(errors="surrogateescape")
-        text = (sys.stdin.buffer.read() if args.stdin else given).decode()
+        text = (sys.stdin.buffer.read() if args.stdin else given).decode("utf-8-sig")
         session = Session(args, "" if args.interactive else text)
         if args.interactive:
             session.interact()

@@ -4,8 +4,8 @@ A run is one process. extras/sharded.py has the same for several, as a subclass:
 nothing here do something there.
 """
 
-import fcntl
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -20,10 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from support.checkpoint import parse_object, read_json, whole_file
-from support.data import Tokens, read_corpus, train_tokenizer, write_tokens
+from support.checkpoint import advice, parse_object, read_json, whole_file
+from support.data import Render, Tokens, fingerprint, read_corpus, train_tokenizer, write_tokens
 from support.tokenizer import Tokenizer
 
+CARRIED = (  # what --init had and training does not change
+    "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json "
+    "added_tokens.json chat_template.jinja"
+).split()
 FOREIGN = ("config.json", "params.json", "*.safetensors", "*.index.json", "tokenizer*")
 
 
@@ -33,7 +37,7 @@ class RunDirectory:
     rank, world, state = 0, 1, "state.safetensors"
 
     def __init__(self, out: str | Path, init: str | Path | None):
-        self.out, self.init = Path(out), None if init is None else Path(init)
+        self.out, self.init = Path(out), None if init is None else Path(init).resolve()
         self.locked: IO | None = None
         self.stop_requested = 0  # to stop
 
@@ -44,47 +48,32 @@ class RunDirectory:
         if (self.out / other).exists():
             how = "without" if self.world > 1 else "with"
             raise ValueError(f"{self.out} holds a run {how} torchrun: go on with it that way")
-        if self.init and self.out.resolve() == self.init.resolve():
+        if self.out.resolve() == self.init:
             raise ValueError("--out is --init: choose another --out")
         if self.out.is_dir() and not ours and any(any(self.out.glob(f)) for f in FOREIGN):
             raise ValueError(f"{self.out} holds a checkpoint of no run: choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         self.locked = open(self.out / "lock", "w")
         try:
+            import fcntl
+
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # Windows: nothing keeps another run out
         except OSError:
             raise ValueError(f"another run trains in {self.out}: choose another --out") from None
+        for file in self.out.glob(".*.tmp"):  # of a run that was killed while it saved
+            if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", file.name):
+                file.unlink()
 
-    def open(self, sources: list[str], vocab: int) -> tuple[Tokens, Tokens, Tokenizer]:
+    def open(
+        self, sources: list[str], vocab: int, render: Render | None = None
+    ) -> tuple[Tokens, Tokens, Tokenizer]:
         """Locks the directory and prepares the data: the first process does, then all read it."""
         if self.rank == 0:
             self.lock()
-            self.prepare_data(sources, vocab)
+            self.prepare_data(sources, vocab, render)
         self.wait()
-        return self.prepare_data(sources, vocab)
-
-    def prepare_data(self, sources: list[str], vocab: int) -> tuple[Tokens, Tokens, Tokenizer]:
-        """Training and held-out tokens, and the tokenizer: --init's, or one trained here.
-
-        Made once. Raises ValueError where the directory holds those of other settings.
-        """
-        wanted = {"data": sources, "vocab": vocab, "init": self.init and str(self.init)}
-        done = self.out / "data.json"
-        if not done.exists():
-            self.say("reading the data")
-            if self.init:
-                for name in ("tokenizer.model", "tokenizer.json"):
-                    if (self.init / name).is_file():
-                        shutil.copyfile(self.init / name, self.out / name)
-                tokenizer = Tokenizer(self.out)
-            else:
-                texts = (d.prompt + d.text for d in read_corpus(sources) if not d.held_out)
-                tokenizer = train_tokenizer(texts, vocab, self.out / "tokenizer.model")
-            write_tokens(read_corpus(sources), tokenizer, self.out)
-            self.write_json("data.json", wanted)
-        elif read_json(done) != wanted:
-            what = "tokens of other --data, --config or --init"
-            raise ValueError(f"{self.out} holds {what}: choose another --out")
         self.tokenizer = Tokenizer(self.out)
         files = [self.out / "train.bin", self.out / "held_out.bin"]
         for file in files:
@@ -93,13 +82,54 @@ class RunDirectory:
         train, held_out = (Tokens(file, self.tokenizer.vocab_size) for file in files)
         return train, held_out, self.tokenizer
 
-    def describe(self, record: dict) -> None:
-        """Writes what tells how the checkpoint was made, and how it ends a text; keeps metrics."""
-        ids = {"bos_token_id": self.tokenizer.bos, "eos_token_id": self.tokenizer.eos}
-        self.write_json("generation_config.json", ids)
+    def prepare_data(self, sources: list[str], vocab: int, render: Render | None) -> None:
+        """Writes the tokens, and the tokenizer: --init's, or one trained here. Once.
+
+        Raises ValueError where the directory holds those of other settings or of other data.
+        """
+        self.say("reading the data")
+        wanted = {"vocab": vocab, "init": self.init and str(self.init)}
+        wanted |= fingerprint(read_corpus(sources, self.say))
+        done = self.out / "data.json"
+        if not done.exists():
+            if self.init:
+                for name in CARRIED:
+                    if (self.init / name).is_file():
+                        shutil.copyfile(self.init / name, self.out / name)
+                tokenizer = Tokenizer(self.out)
+            else:
+                texts = (d.plain() for d in read_corpus(sources) if not d.held_out)
+                tokenizer = train_tokenizer(texts, vocab, self.out / "tokenizer.model")
+            write_tokens(read_corpus(sources), tokenizer, self.out, render)
+            self.write_json("data.json", wanted)
+        elif read_json(done) != wanted:
+            what = "tokens of other data, --config or --init"
+            raise ValueError(f"{self.out} holds {what}: choose another --out")
+
+    def describe(self, record: dict, drafting: dict) -> None:
+        """Writes what tells how the checkpoint was made, and how to decode with it; keeps metrics.
+
+        Settings that --init had stay. An answer ends at its EOS tokens, and at the one that
+        training wrote.
+        """
+        bos, eos = self.tokenizer.bos, self.tokenizer.eos
+        found = self.init_json("generation_config.json")
+        ends = found.get("eos_token_id", self.init_json("config.json").get("eos_token_id"))
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        ends += [eos] if eos is not None and eos not in ends else []
+        ids = {"eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
+        found = {"bos_token_id": bos, **found, **ids, **drafting}
+        self.write_json("generation_config.json", found)
+        if (pad := self.init_json("config.json").get("pad_token_id")) is not None:
+            config = read_json(self.out / "config.json", float)
+            self.write_json("config.json", config | {"pad_token_id": pad})
         command = shlex.join(["python", "train.py", *sys.argv[1:]])
         self.write_json("training.json", {"command": command, **record})
         self.add_metrics({"step": record["steps"], "held_out": record["held_out"]})
+
+    def init_json(self, name: str) -> dict:
+        """A file of --init as it stands; {} if there is none that can be read."""
+        return advice(self.init / name, float) if self.init else {}
 
     def write_json(self, name: str, content: dict) -> None:
         """Writes a file of the directory, whole or not at all."""
@@ -125,7 +155,10 @@ class RunDirectory:
         try:
             found = self.about(path)
             step = found["step"]
-            differs = [k for k, v in settings.items() if found["settings"].get(k) != v]
+            before = found["settings"]
+            differs = [k for k, v in settings.items() if before.get(k) != v]
+            if "steps" in differs and int(before["steps"]) < int(settings["steps"]):
+                differs.remove("steps")  # a run may go on for longer
             if type(step) is not int or step < 0:
                 raise ValueError(f"its step is {step!r:.40}")
             if not differs:
@@ -198,17 +231,18 @@ class RunDirectory:
             end = "" if terminal else "\n"
             self.say(f"\r{bar}  {tokens / per_step:,.0f} tokens/s, {left}  loss {text}", end)
 
-    def watch_ctrl_c(self) -> None:
-        """From now on Ctrl-C shows in stopped(). A second one ends the process at once."""
+    def watch_signals(self) -> None:
+        """From now on Ctrl-C and SIGTERM show in stopped(). A second one ends the process."""
 
-        def ask_to_stop(*_: object) -> None:
+        def ask_to_stop(number: int, _: object) -> None:
             self.stop_requested = 1
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL)
 
-        signal.signal(signal.SIGINT, ask_to_stop)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask_to_stop)
 
     def stopped(self) -> bool:
-        """Whether Ctrl-C was pressed, in any process."""
+        """Whether the run was asked to stop, in any process."""
         return self.agree(self.stop_requested) > 0
 
     # -------------------------------------------------------------------- for several processes

@@ -2,21 +2,24 @@
 
 import argparse
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import Field, asdict, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from exact import auto_dtype
+from exact import BLOCK_ROWS, auto_dtype
 from model import Config, Llama, load_checkpoint, save_checkpoint
 from support.checkpoint import config_fields, read_json
-from support.console import command_errors
-from support.data import Tokens
+from support.console import HELP, command_errors, compiler_errors
+from support.data import Render, Tokens, common
 from support.runs import RunDirectory, state_tensors
+from support.tokenizer import Tokenizer
 from train import (
     LAYERSKIP,
     RECIPES,
@@ -29,41 +32,57 @@ from train import (
 )
 
 SHAPE = Config(2048, 192, 384, 24, n_heads=3, n_kv_heads=1, head_dim=64, max_len=512, tied=True)
-MAY_CHANGE_ON_RESUME = {"out", "save_every", "compile", "accumulate"}
+MAY_CHANGE_ON_RESUME = {"out", "data", "save_every", "compile", "accumulate"}  # data: by its hash
+
+
+EXAMPLES = """examples:
+  python train.py --out runs/small --steps 500
+  python train.py --out runs/tuned --init checkpoints/smollm2 --data pairs.jsonl --steps 60"""
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     p = argparse.ArgumentParser(
         prog="train.py",
-        description="Train an early-exit Llama. The same command goes on with a stopped run.",
+        usage="%(prog)s --out DIR [options]",
+        description="Train an early-exit Llama. The same command goes on with a stopped run.\n"
+        "Defaults are in brackets.",
+        epilog=EXAMPLES,
+        formatter_class=HELP,
     )
     add = p.add_argument
-    add("--out", required=True, metavar="DIR", help="the run's checkpoint, state and metrics")
-    text = "stdlib, directories, .txt, or .jsonl with prompt and completion"
+    add("--out", metavar="DIR", help="the run's checkpoint, state and metrics")
+    text = "stdlib, directories, .txt, .jsonl (stdlib)"
     add("--data", nargs="+", default=["stdlib"], metavar="SRC", help=text)
     add = p.add_mutually_exclusive_group().add_argument
-    add("--init", metavar="DIR", help="start from this checkpoint, with its shape and tokenizer")
-    text = "else a config.json with the shape (default: 24 layers of 192, 8 million weights)"
+    add("--init", metavar="DIR", help="a checkpoint to start from (random weights)")
+    text = "a config.json with the shape (24 layers of 192)"
     add("--config", metavar="FILE", help=text)
     for f in fields(Settings):
-        add_setting(p, f, None if f.name == "bf16" else f.default)
-    has = shutil.which("c++") is not None
-    text = "compile layers and loss (default: where there is a C++ compiler)"
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=has, help=text)
-    group = p.add_argument_group("recipe (options change single settings of it)")
-    group.add_argument("--recipe", choices=RECIPES, default="layerskip", help="default %(default)s")
-    group.add_argument("--phase", choices=LAYERSKIP, help="LayerSkip's published settings")
+        where = "where the hardware multiplies it"
+        add_setting(p, f, *(None, where) if f.name == "bf16" else (f.default, f.default))
+    text = "compile layers and loss (where there is a c++)"
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help=text)
+    title = "recipe, and changes of it (in brackets: layerskip's from scratch)"
+    group = p.add_argument_group(title)
+    names = f"{', '.join(RECIPES)} (%(default)s)"
+    add = group.add_argument
+    add("--recipe", choices=RECIPES, default="layerskip", metavar="NAME", help=names)
+    text = f"{', '.join(LAYERSKIP)} (scratch; with --init continual)"
+    add("--phase", choices=LAYERSKIP, metavar="NAME", help=text)
     for f in fields(Recipe):
-        add_setting(group, f, None)
+        add_setting(group, f, None, getattr(LAYERSKIP["scratch"], f.name))
     return p
 
 
-def add_setting(group: argparse._ActionsContainer, f: Field, default: object) -> None:
-    """The option of a field that train.setting made."""
+def add_setting(
+    group: argparse._ActionsContainer, f: Field, default: object, shown: object
+) -> None:
+    """The option of a field that train.setting made; `shown` is what help calls its default."""
     kind, choices = type(f.default), f.metadata["choices"]
-    text = f.metadata["text"] + (f" ({default})" if default is not None else "")
-    how: dict = {"type": kind, "choices": choices, "metavar": None if choices else "N"}
+    text = f.metadata["text"] + (f": {', '.join(choices)}" if choices else "")
+    text += f" ({str(shown).lower()})"
+    how: dict = {"type": kind, "choices": choices, "metavar": "NAME" if choices else "N"}
     how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
     group.add_argument("--" + f.name.replace("_", "-"), **how, default=default, help=text)
 
@@ -113,7 +132,8 @@ def prepare(args: argparse.Namespace, run: RunDirectory) -> tuple[Trainer, Calla
     exit_layers(recipe, config.n_layers)  # refuses a wrong --exits at once
     if settings.seq > config.max_len:
         raise ValueError(f"--seq {settings.seq} is beyond the context of {config.max_len}")
-    tokens, held_out, tokenizer = run.open(args.data, config.vocab_size)
+    render = conversations(run.out) if args.init else None
+    tokens, held_out, tokenizer = run.open(args.data, config.vocab_size, render)
     if min(len(tokens), len(held_out)) <= settings.seq + 1:
         raise ValueError(f"the data is too short for --seq {settings.seq}")
     if model is None:
@@ -121,10 +141,10 @@ def prepare(args: argparse.Namespace, run: RunDirectory) -> tuple[Trainer, Calla
         config = replace(config, vocab_size=tokenizer.vocab_size, bos=tokenizer.bos, eos=eos)
         model = Llama(config)
         initialise(model, settings.seed)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model")
+    tokens.vocab_size = held_out.vocab_size = config.vocab_size  # a tokenizer may have more
     trainer = Trainer(model.to(device), recipe, settings, tokens, run)
     given: dict = {k: v if v is None else str(v) for k, v in vars(args).items()}
+    given["init"] = run.init and str(run.init)
     identity = {k: v for k, v in given.items() if k not in MAY_CHANGE_ON_RESUME}
     identity |= {"recipe": asdict(recipe), "config": str(config)}  # the shape, not a file's name
     state = state_tensors(trainer.parameters, trainer.optimizer)
@@ -153,9 +173,58 @@ def save(trainer: Trainer, held_out: Tokens, identity: dict) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16):
             found = evaluate(stored.float(), held_out, s.seq, exits)
         about = dict(recipe=asdict(trainer.recipe), seed=s.seed, steps=trainer.step)
-        run.describe(about | dict(tokens=trainer.step * s.batch * s.seq, held_out=found))
+        about |= dict(tokens=trainer.step * s.batch * s.seq, held_out=found)
+        run.describe(about, drafting(found, trainer.recipe))
     state = state_tensors(trainer.parameters, trainer.optimizer)
     run.save_state(state, {"step": trainer.step, "settings": identity})
+
+
+def drafting(found: dict[int, dict[str, float]], recipe: Recipe) -> dict:
+    """Settings of drafting, by transformers' names, from what `evaluate` found of exits.
+
+    Drafting stops in doubt, so a round ends about where an exit with agreement a is wrong: after
+    N = 1 / (1 - a) tokens. They cost N E/L for the drafts and 1 - E/L for the verification. A guess
+    that is less likely than its cost, E/L, is not worth making.
+    """
+    *exits, layers = found
+    trained = [e for e in exits if e > 1 or recipe.uniform_exits] or exits  # e(0) = 0: exit_weights
+
+    def speedup(e: int) -> float:
+        tokens = min(1 / max(1 - found[e]["agreement"], 1e-9), BLOCK_ROWS)
+        return tokens / (tokens * e / layers + 1 - e / layers)
+
+    best = max(trained, key=speedup)
+    return dict(
+        assistant_early_exit=best,
+        num_assistant_tokens=BLOCK_ROWS - 1,
+        assistant_confidence_threshold=round(best / layers, 2),
+    )
+
+
+def conversations(path: Path) -> Render:
+    """Encodes messages by the chat template at `path`, with a loss on the assistant's alone."""
+
+    @cache
+    def start() -> tuple[Any, Tokenizer]:
+        from extras.chat import Chat
+
+        return Chat(path), Tokenizer(path)
+
+    def render(messages: tuple) -> tuple[list[int], list[bool]]:
+        chat, tokenizer = start()
+        ids = chat.ids(list(messages), add_generation_prompt=False)
+        learned, begin = [False] * len(ids), len(ids)
+        for n, message in enumerate(messages):
+            if message["role"] == "assistant":
+                asked = chat.ids(list(messages[:n]), add_generation_prompt=True)
+                answered = chat.ids(list(messages[: n + 1]), add_generation_prompt=False)
+                begin, end = common(asked, ids), common(answered, ids)
+                learned[begin:end] = [True] * (end - begin)
+        if any(learned) and tokenizer.eos is not None and tokenizer.eos not in ids[begin:]:
+            return [*ids, tokenizer.eos], [*learned, True]
+        return ids, learned
+
+    return render
 
 
 def compile(trainer: Trainer) -> None:
@@ -172,14 +241,17 @@ def compile(trainer: Trainer) -> None:
     batch = s.batch // trainer.run.world // s.accumulate
     tokens = torch.zeros(batch, s.seq, dtype=torch.long, device=trainer.device)
     mask, weights = np.ones((layers, batch), bool), {1: 0.5, layers: 0.5}
-    with torch.autocast(trainer.device.type, torch.bfloat16, enabled=s.bf16):
+    fast = torch.autocast(trainer.device.type, torch.bfloat16, enabled=s.bf16)
+    with compiler_errors("give --no-compile"), fast:
         loss, _ = objective(tokens, tokens, mask, mask.any(1), [1.0] * layers, weights)
-    loss.backward()
+        loss.backward()
     trainer.optimizer.zero_grad(set_to_none=True)
 
 
 def main() -> None:
-    args = parser().parse_args()
+    args = (options := parser()).parse_args()
+    if args.out is None:
+        options.error("the following arguments are required: --out")
     with command_errors("train.py"):
         kind: type[RunDirectory] = RunDirectory
         if "RANK" in os.environ:
@@ -187,13 +259,14 @@ def main() -> None:
         run = kind(args.out, args.init)
         try:
             trainer, save_now = prepare(args, run)
-            run.watch_ctrl_c()
-            if args.compile and trainer.step < args.steps:
+            run.watch_signals()
+            has = args.compile is None and shutil.which("c++")
+            if (args.compile or has) and trainer.step < args.steps:
                 compile(trainer)
             if args.init and not trainer.step:
                 save_now()  # shows where the training begins
             trainer.train(save_now)
-            run.say(f"\n{args.out} holds the checkpoint: python decode.py --ckpt {args.out}")
+            run.say(f"\na checkpoint: python decode.py --ckpt {shlex.quote(args.out)}")
         finally:
             run.close()
 

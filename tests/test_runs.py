@@ -1,0 +1,238 @@
+"""What a run leaves, what it goes on with, and how it is stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_files_of_others import change, made
+from tokenizers import Tokenizer as Fast
+
+from extras import kangaroo
+from model import load_checkpoint
+from support.console import default_settings
+from support.runs import RunDirectory
+from support.tokenizer import Tokenizer
+from support.train_command import drafting, main
+from train import RECIPES, Recipe
+
+PAIRS = [{"prompt": f"Q {i}", "completion": f" yes{i}"} for i in range(400)]
+SMALL = "--steps 2 --seq 16 --batch 2 --no-compile --no-bf16 --exits 2,3".split()
+
+
+def write_rows(file: Path, rows: list[dict]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A directory to work in with a checkpoint "a" and data pairs.jsonl; signals are kept."""
+    monkeypatch.chdir(tmp_path)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    made(tmp_path / "a")
+    write_rows(tmp_path / "pairs.jsonl", PAIRS)
+    yield tmp_path
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(*options: object, code: int = 0) -> None:
+    """train.py in this process; it must end with this exit code."""
+    argv = sys.argv
+    sys.argv = ["train.py", "--out", "o", *SMALL, *map(str, options)]
+    try:
+        main()
+        ended = 0
+    except SystemExit as stop:
+        ended = stop.code
+    finally:
+        sys.argv = argv
+    assert ended == code
+
+
+def read(name: str) -> dict:
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(Path(name).read_text(), parse_constant=refuse)
+
+
+TUNE = ("--init", "a", "--data", "pairs.jsonl")
+
+
+def test_a_tuned_checkpoint_has_what_training_does_not_change(work):
+    settings = {"eos_token_id": [258, 256], "temperature": 2.0, "top_p": 1.0, "odd": [1.0]}
+    change(Path("a/generation_config.json"), **settings)
+    change(Path("a/config.json"), pad_token_id=259)
+    for name in ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json"):
+        Path("a", name).write_text("{}")
+    run(*TUNE)
+    for name in ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json"):
+        assert Path("o", name).read_text() == "{}"
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        assert Path("o", name).read_bytes() == Path("a", name).read_bytes()
+    assert read("o/config.json")["pad_token_id"] == 259
+    found = read("o/generation_config.json")
+    # 257 is the EOS that training wrote: the model says it at the end of a text.
+    assert found | settings | {"eos_token_id": [258, 256, 257]} == found
+    assert "2.0" in Path("o/generation_config.json").read_text(), "transformers wants a float"
+    model, tokenizer = load_checkpoint("o"), Tokenizer("o")
+    chosen = default_settings(Path("o"), model.config, tokenizer)
+    assert chosen["exit_layer"] in (2, 3) and chosen["eos"][:3] == (258, 256, 257)
+    assert chosen["draft_len"] == found["num_assistant_tokens"]
+    assert chosen["min_confidence"] == found["assistant_confidence_threshold"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", None])
+def test_settings_that_nobody_can_read_do_not_stop_a_run(work, content):
+    if content:
+        Path("a/generation_config.json").write_text(content)
+    run(*TUNE)
+    assert read("o/generation_config.json")["eos_token_id"] == 257
+
+
+def test_the_exit_to_draft_with_is_the_best_of_those_that_were_trained():
+    """The agreements are those of the shipped checkpoint, whose best exit was measured."""
+    shipped = {1: 0.26, 2: 0.45, 3: 0.52, 4: 0.56, 6: 0.64, 8: 0.67, 12: 0.80, 24: 1.0}
+    even = Recipe(exits="all", uniform_exits=True)
+    choose = lambda agreements, recipe: drafting(
+        {exit: {"loss": 1.0, "agreement": share} for exit, share in agreements.items()}, recipe
+    )
+    assert choose(shipped, even) == {
+        "assistant_early_exit": 6,
+        "num_assistant_tokens": 7,
+        "assistant_confidence_threshold": 0.25,
+    }
+    first = {1: 1.0, 2: 0.1, 3: 0.1, 4: 1.0}
+    assert choose(first, even)["assistant_early_exit"] == 1
+    assert choose(first, RECIPES["layerskip"])["assistant_early_exit"] > 1, "e(0) = 0"
+    assert choose({1: 0.5, 2: 1.0}, RECIPES["layerskip"])["assistant_early_exit"] == 1
+
+
+def test_a_held_out_loss_is_a_number_where_few_tokens_have_one(work):
+    rows = [{"prompt": "x" * 300 + str(i), "completion": " y"} for i in range(200)]
+    run("--init", "a", "--data", write_rows(Path("long.jsonl"), rows), "--seq", 8, "--batch", 1)
+    for row in [*read("o/training.json")["held_out"].values()]:
+        assert row["loss"] > 0 and 0 <= row["agreement"] <= 1
+    for line in Path("o/metrics.jsonl").read_text().splitlines():
+        assert "NaN" not in line
+
+
+def test_data_that_changed_is_refused_and_data_that_moved_is_not(work, capfd):
+    run(*TUNE)
+    Path("there").mkdir()
+    Path("pairs.jsonl").rename("there/other.jsonl")
+    run("--init", "a", "--data", "there/other.jsonl", "--steps", 3)
+    assert "going on from step 2 of 3" in capfd.readouterr().err
+    write_rows(Path("pairs.jsonl"), [*PAIRS[:-1], {"text": "new"}])
+    run(*TUNE, "--steps", 4, code=2)
+    assert "o holds tokens of other data" in capfd.readouterr().err
+
+
+def test_a_run_may_go_on_for_longer_and_not_for_less(work, capfd):
+    run(*TUNE)
+    run(*TUNE, "--steps", 5)
+    assert read("o/training.json")["steps"] == 5
+    run(*TUNE, "--steps", 4, code=2)
+    assert "other settings (steps)" in capfd.readouterr().err
+
+
+def test_a_path_is_the_same_however_it_is_written(work, capfd):
+    run(*TUNE)
+    Path("link").symlink_to("a")
+    run("--init", work / "link", "--data", "./pairs.jsonl", "--out", work / "o", "--steps", 3)
+    assert "going on from step 2" in capfd.readouterr().err
+    run("--init", "link", "--out", "./a", code=2)
+    assert "--out is --init" in capfd.readouterr().err
+
+
+def test_conversations_are_tuned_on_and_need_a_template(work, capfd):
+    say = lambda role, text: {"role": role, "content": text}
+    rows = [{"messages": [say("user", f"q{i}"), say("assistant", f"a{i}")]} for i in range(200)]
+    file = write_rows(Path("chats.jsonl"), rows)
+    run("--init", "a", "--data", file)
+    run("--data", file, "--out", "scratch", code=2)
+    assert "conversations need the chat template of an --init" in capfd.readouterr().err
+    Path("a/tokenizer_config.json").unlink()
+    run("--init", "a", "--data", file, "--out", "bare", code=2)
+    assert "chats.jsonl:1: " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_end_saves(work, number):
+    command = [sys.executable, str(ROOT / "train.py"), "--out", "o", *SMALL, *TUNE]
+    process = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE)
+    metrics, end = Path("o/metrics.jsonl"), time.monotonic() + 100
+    while not (metrics.exists() and "losses" in metrics.read_text()):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    said = process.communicate(timeout=100)[1].decode()
+    assert process.returncode == 130 and "the same command goes on from there" in said
+    assert read("o/training.json")["steps"] > 0 and Path("o/state.safetensors").exists()
+
+
+def test_what_a_killed_save_left_is_deleted_and_nothing_else(work):
+    run(*TUNE)
+    ours, others = f"o/.{'0a' * 8}.tmp", ["o/.a.tmp", "o/notes.tmp", f"o/.{'0A' * 8}.tmp", "o/.x"]
+    for name in (ours, *others):
+        Path(name).write_text("a")
+    with_lock = RunDirectory("o", "a")
+    with_lock.lock()
+    assert not Path(ours).exists() and all(Path(name).exists() for name in others)
+    Path(ours).write_text("a")
+    run(*TUNE, "--steps", 3, code=2)
+    assert Path(ours).exists(), "another run may be writing it"
+    with_lock.close()
+
+
+def test_a_run_trains_where_there_is_no_fcntl(work, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    run(*TUNE)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_trains_on_text_without_them(work, capfd):
+    file = Path("a/tokenizer.json")
+    fast = Fast.from_file(str(file))
+    fast.add_special_tokens([f"<{i}>" for i in range(60)])
+    fast.save(str(file))
+    run(*TUNE)
+    rows = [{"text": "a <50> b <51>"}] * 300
+    run("--init", "a", "--data", write_rows(Path("b.jsonl"), rows), "--out", "b", code=2)
+    assert "has tokens that the model lacks" in capfd.readouterr().err
+
+
+def test_the_commands_start_where_there_is_no_fcntl():
+    code = "import sys; sys.modules['fcntl'] = None; import train, decode; "
+    code += "import support.train_command, support.decode_command, extras.kangaroo, extras.sharded"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_ctrl_c_keeps_what_an_adapter_has_learned(work, monkeypatch, capfd):
+    steps, step = [], kangaroo.train_step
+
+    def step_and_stop(*args):
+        if torch.is_grad_enabled():
+            steps.append(1)
+            if len(steps) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(kangaroo, "train_step", step_and_stop)
+    options = "--ckpt a --data pairs.jsonl --exit 2 --steps 500 --batch 2 --seq 16 --out k"
+    monkeypatch.setattr(sys, "argv", ["kangaroo", *options.split()])
+    with pytest.raises(SystemExit) as stop:
+        kangaroo.main()
+    assert stop.value.code == 130 and len(steps) == 3
+    assert "the adapter, stopped early, is in k" in capfd.readouterr().err
+    adapter = kangaroo.load_adapter("k", load_checkpoint("a"))
+    assert adapter.self_attn.o_proj.weight.any(), "it has learned"
+    shutil.rmtree("k")
