@@ -76,18 +76,18 @@ def usable_device(name: str) -> torch.device:
 def load(
     ckpt: Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto"
 ) -> tuple[Llama, Tokenizer]:
-    """The model and the tokenizer of a checkpoint. Raises CheckpointError where they do not fit."""
+    """The model and the tokenizer of a checkpoint. Raises CheckpointError where one is missing.
+
+    The tokenizer may have more tokens than the model, which then never says them.
+    """
     if isinstance(device, str):
         device = usable_device(device)
     if isinstance(dtype, str):
         dtype = auto_dtype(device) if dtype == "auto" else DTYPES[dtype]
     if not ckpt.is_dir():
         raise CheckpointError(f"there is no checkpoint directory {ckpt}")
-    tokenizer, model = Tokenizer(ckpt), load_checkpoint(ckpt, dtype, device)
-    sizes = tokenizer.vocab_size, model.config.vocab_size
-    if sizes[0] > sizes[1]:
-        raise CheckpointError(f"the tokenizer has {sizes[0]} tokens, the model only {sizes[1]}")
-    return model, tokenizer
+    tokenizer = Tokenizer(ckpt)
+    return load_checkpoint(ckpt, dtype, device), tokenizer
 
 
 def default_settings(ckpt: Path, config: Config, tokenizer: Tokenizer) -> dict:
