@@ -47,7 +47,7 @@ def held_out_prompts(count: int, tokenizer: Tokenizer, length: int) -> list[list
         picked = heads[len(heads) // 8 :: max(1, len(heads) // 4)][:4]
         places += [(turn, text[:place]) for turn, place in enumerate(picked)]
     places.sort(key=lambda p: p[0])
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    start = tokenizer.encode("")
     return [
         start + tokenizer.encode(text[-8 * length :], bos=False)[len(start) - length :]
         for _, text in places[:count]

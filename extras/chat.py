@@ -6,20 +6,20 @@ special tokens are special in its own text alone, not in what a user wrote.
 
 import json
 import re
-from collections.abc import Callable
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from sentencepiece import SentencePieceProcessor
 
-from support.checkpoint import read_json
+from support.tokenizer import Tokenizer, any_of
 
-GUARD = "\ufdd0"  # a code that is no character: breaks up special tokens that a user wrote
-ANSWER = "\ufdd1"  # another: stands for an answer, to see what the template puts after it
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # no characters: around a special token's name in a message
+ANSWER = "\ufdd2"  # another: stands for an answer, to see what the template puts after it
 
 
 def refuse(reason: str) -> NoReturn:
@@ -27,83 +27,117 @@ def refuse(reason: str) -> NoReturn:
     raise TemplateError(reason)
 
 
+def to_json(
+    x: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """What templates call tojson. jinja2's own would escape HTML."""
+    how: dict = dict(indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(x, ensure_ascii=ensure_ascii, **how)
+
+
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}: marks what is trained on. Here, a plain block."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The block's content, with names of its own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
 class Chat:
     """A conversation: its messages so far. Raises ValueError where there is no template.
 
-    `ends` has the id that ends an answer, if the template has one.
+    `ends` has the id that ends an answer, if the template has one. `room` is the most ids that
+    `ask` gives while there are old turns to leave out.
     """
 
-    def __init__(self, path: Path):
-        settings, file = path / "tokenizer_config.json", path / "chat_template.jinja"
-        found: dict = read_json(settings) if settings.is_file() else {}
-        source = file.read_text() if file.is_file() else found.get("chat_template")
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: Tokenizer | None = None,
+        system: str | None = None,
+        room: int = 1 << 30,
+    ):
+        self.tokenizer, self.room = tokenizer or Tokenizer(path), room
+        file, source = path / "chat_template.jinja", self.tokenizer.config.get("chat_template")
+        if file.is_file():
+            source = file.read_text(encoding="utf-8")
         if isinstance(source, list):  # named templates
             named = {x.get("name"): x.get("template") for x in source if isinstance(x, dict)}
             source = named.get("default")
         if not isinstance(source, str):
             raise ValueError(f"{path} has no chat template: leave out --chat")
-        self.special, self.encode = special_tokens(path)
-        names = {k: v for k, v in found.items() if k.endswith("_token")}
-        self.names = {k: v.get("content") if isinstance(v, dict) else v for k, v in names.items()}
+        special = self.tokenizer.special
+        used = {t for t in self.tokenizer.added if t in special or (t in source and t.strip())}
+        self.special = re.compile(any_of(used))  # as text of a message they are text
+        self.marks = re.compile(f"{OPEN}({self.special.pattern}){CLOSE}|[{OPEN}{CLOSE}]")
         engine = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
         )
-        engine.filters["tojson"] = lambda x, **how: json.dumps(x, ensure_ascii=False, **how)
+        engine.filters["tojson"] = to_json
         engine.globals["raise_exception"] = refuse
         engine.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self.messages: list[dict[str, str]] = []
+        self.first = [] if system is None else [dict(role="system", content=system)]
+        self.reset()
         try:
             self.template = engine.from_string(source)
         except TemplateError as error:
             raise ValueError(f"the chat template of {path} is damaged: {error}") from None
         turns = [dict(role="user", content="a"), dict(role="assistant", content=ANSWER)]
         _, _, after = self.render(turns, add_generation_prompt=False).partition(ANSWER)
-        marks = [part for part in self.split(after) if part in self.special]
-        self.ends = tuple(self.special[mark] for mark in marks[:1])
+        end = self.special.search(after)
+        self.ends = (self.tokenizer.added[end[0]],) if end else ()
+
+    def reset(self) -> None:
+        """Begins anew, after the system message if there is one."""
+        self.messages = [*self.first]
 
     def render(self, messages: list[dict[str, str]], **settings: Any) -> str:
-        """The template's text. Raises ValueError where it refuses the messages."""
-        for token in self.special:
-            apart = token[:1] + GUARD + token[1:]
-            messages = [m | dict(content=m["content"].replace(token, apart)) for m in messages]
+        """The template's text, with marks around special tokens that are not its own.
+
+        Raises ValueError where it refuses the messages.
+        """
+
+        def marked(text: str) -> str:
+            return self.special.sub(rf"{OPEN}\g<0>{CLOSE}", re.sub(f"[{OPEN}{CLOSE}]", "", text))
+
+        settings |= dict(messages=[m | dict(content=marked(m["content"])) for m in messages])
+        settings |= dict(tools=None, documents=None) | self.tokenizer.names
         try:
-            return self.template.render(messages=messages, **self.names, **settings)
+            return self.template.render(settings)
         except Exception as error:  # a template is a program, and may fail in any way
             raise ValueError(f"the chat template refuses this: {error}") from None
 
-    def split(self, text: str) -> list[str]:
-        """The text cut at special tokens, which are parts of their own."""
-        longest = sorted(self.special, key=len, reverse=True)
-        return re.split(f"({'|'.join(map(re.escape, longest))})", text) if longest else [text]
-
     def ids(self, messages: list[dict[str, str]], **settings: Any) -> list[int]:
         """Ids of the template's text."""
-        ids = []
-        for part in self.split(self.render(messages, **settings)):
-            plain = part.replace(GUARD, "")
-            ids += [self.special[part]] if part in self.special else self.encode(plain)
-        return ids
+        parts = self.marks.split(self.render(messages, **settings))
+        return self.tokenizer.encode_marked(parts)
 
     def ask(self, text: str) -> list[int]:
-        """Ids of the conversation, of a user's next message, and of what begins the answer."""
-        asked = [*self.messages, dict(role="user", content=text)]
-        return self.ids(asked, add_generation_prompt=True)
+        """Ids of the conversation, of a user's next message, and of what begins the answer.
+
+        Where they are too many, the oldest turns leave the conversation, with a note on stderr.
+        """
+        left_out = 0
+        while True:
+            asked = [*self.messages, dict(role="user", content=text)]
+            ids = self.ids(asked, add_generation_prompt=True)
+            if len(ids) <= self.room or len(self.messages) == len(self.first):
+                break
+            del self.messages[len(self.first) : len(self.first) + 2]
+            left_out += 1
+        if left_out:
+            note = f"the context is full: the oldest turns ({left_out}) are left out from here on"
+            print(note, file=sys.stderr)
+        return ids
 
     def keep(self, text: str, answer: str) -> None:
         """Adds a message and its answer to the conversation."""
         self.messages += [dict(role="user", content=text), dict(role="assistant", content=answer)]
-
-
-def special_tokens(path: Path) -> tuple[dict[str, int], Callable[[str], list[int]]]:
-    """A tokenizer's special tokens and their ids, and an encoding that takes none for special."""
-    if (path / "tokenizer.json").is_file():
-        import tokenizers
-
-        fast = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-        fast.encode_special_tokens = True
-        added = fast.get_added_tokens_decoder().items()
-        special = {token.content: i for i, token in added if token.special}
-        return special, lambda text: fast.encode(text, add_special_tokens=False).ids
-    model = SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
-    control = filter(model.is_control, range(model.vocab_size()))
-    return {model.id_to_piece(i): i for i in control}, model.encode

@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", default=DEFAULT_PROMPT, help="text to go on from (a class)")
     add("--interactive", **flag, help="complete one line of input after the other")
     p.add_argument("--chat", **flag, help="text is a message, by the checkpoint's chat template")
+    p.add_argument("--system", metavar="TEXT", help="system message of --chat (none)")
     text = "the most new tokens (%(default)s)"
     p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help=text)
     p.add_argument("--json", **flag, help="each run as one JSON object, not as text")
@@ -91,10 +92,14 @@ class Session:
         self.model, self.tokenizer = load(args.ckpt, args.dtype, args.device)
         self.encode: Callable[[str], list[int]] = self.tokenizer.encode
         self.chat = None
+        if args.system is not None and not args.chat:
+            raise ValueError("--system is a message of --chat: add --chat")
         if args.chat:
             from extras.chat import Chat
 
-            self.chat = Chat(args.ckpt)
+            context = self.model.config.max_len
+            room = context - min(args.max_new_tokens, context // 2)
+            self.chat = Chat(args.ckpt, self.tokenizer, args.system, room)
             self.encode = self.chat.ask
         self.settings = self.settings_of(text)
         self.prepare_model()
@@ -204,6 +209,9 @@ class Session:
                 if not (line := sys.stdin.buffer.readline()):
                     return
                 text = line.decode().rstrip("\r\n")
+                if self.chat and text == "/reset":
+                    self.chat.reset()
+                    continue
                 said = self.answer(text)
                 if self.chat:
                     self.chat.keep(text, self.tokenizer.decode(said.ids))

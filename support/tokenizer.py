@@ -4,61 +4,189 @@ A token may end inside a UTF-8 character, and decoding drops a leading space: se
 """
 
 import re
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from itertools import takewhile
 from operator import eq
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from support.checkpoint import WRONG_KIND, advice, read_json
+
+FLAGS = {"special", "lstrip", "rstrip", "normalized", "single_word"}
+USUAL = {
+    "bos": ("<|begin_of_text|>", "<s>", "<bos>"),
+    "eos": ("<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>"),
+}
+
 
 class Tokenizer:
-    """tokenizer.model (Llama 1 and 2, ours) or tokenizer.json (Llama 3) at `path`.
+    """tokenizer.model (Llama 1 and 2, ours) or tokenizer.json (Llama 3) in the folder `path`.
 
-    `bos` and `eos` are ids, None where the file names none. ValueError when there is no usable one.
+    Of both the one with more tokens. `path` may also be one of the files. Raises ValueError where
+    there is no usable one.
+
+    `bos` and `eos` are ids, or None: the first that is a token here of what the tokenizer file puts
+    before a text (for BOS), what tokenizer_config.json or special_tokens_map.json names, the ids in
+    generation_config.json and config.json, the tokenizer file's own, and the names in USUAL.
     """
 
-    bos: int | None
-    eos: int | None
+    config: dict  # tokenizer_config.json, and special_tokens_map.json
+    names: dict[str, str]  # bos_token and the like, as chat templates have them
+    added: dict[str, int]  # tokens that the text of a conversation may name
+    special: Set[str]  # those of them that messages may not name
     closing: Set[int]  # ids after which the text before them is final
-    _encode: Callable[[str], list[int]]
-    _decode: Callable[[list[int]], str]
 
     def __init__(self, path: str | Path):
         path = Path(path)
-        model, fast = path / "tokenizer.model", path / "tokenizer.json"
-        if path.is_file():
-            model, fast = path, path if path.suffix == ".json" else fast
-        tiktoken = model.is_file() and is_tiktoken(model)
-        if fast.is_file() and (tiktoken or model == fast or not model.is_file()):
-            self._load_json(fast)
-        elif tiktoken:
-            raise ValueError(f"{model} is in tiktoken's format: put a tokenizer.json beside it")
-        elif model.is_file():
-            self._load_sentencepiece(model)
-        else:
-            raise ValueError(f"no tokenizer.model or tokenizer.json at {path}")
-
-    def _load_sentencepiece(self, path: Path) -> None:
-        model = SentencePieceProcessor()
+        folder = path.parent if path.is_file() else path
+        read = lambda name: read_json(folder / name) if (folder / name).is_file() else {}
+        self.config = read("tokenizer_config.json")
+        if "added_tokens_decoder" not in self.config:  # else transformers does not read the map
+            self.config |= read("special_tokens_map.json")
+        texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in self.config.items()}
+        named = {k: v for k, v in texts.items() if k.endswith("_token") and isinstance(v, str)}
         try:
-            model.LoadFromSerializedProto(path.read_bytes())
-        except (RuntimeError, OSError):
+            added = added_tokens(self.config, read("added_tokens.json"), named.values())
+        except (*WRONG_KIND, AttributeError):
+            raise ValueError(f"the added tokens of {folder} are no table of tokens") from None
+        found, wrong = [], [ValueError(f"no tokenizer.model or tokenizer.json at {path}")]
+        files = [path] if path.is_file() else [path / "tokenizer.model", path / "tokenizer.json"]
+        for file in filter(Path.is_file, files):
+            kind = JsonFile if file.suffix == ".json" else SentencePieceFile
+            try:
+                found.append(kind(file, self.config, added))
+            except ValueError as error:
+                wrong.append(error)
+        if not found:
+            raise wrong[-1]
+        size = lambda file: max(file.ids.values(), default=-1) + 1
+        self.file = best = max(found, key=size)
+        self.vocab_size, self._encode, self._decode = size(best), best.encode, best.decode
+        self.added, self.special, self.closing = best.added, best.special, best.closing
+        self.names = {k: v for k, v in best.names.items() if k not in self.config} | named
+        saved = [advice(folder / "generation_config.json"), read("config.json")]
+        self.bos, self.eos = (self._decide(kind, saved) for kind in ("bos", "eos"))
+
+    def _decide(self, kind: str, saved: list[dict]) -> int | None:
+        """The id of BOS or EOS, in the order that the class tells."""
+        ids = self.file.ids
+        said: list = self.file.before[:1] if kind == "bos" else []
+        said.append(ids.get(self.names.get(f"{kind}_token", "")))
+        for value in (found.get(f"{kind}_token_id") for found in saved):
+            said += value if isinstance(value, list) else [value]
+        said += [self.file.own.get(kind), *map(ids.get, USUAL[kind])]
+        return next((i for i in said if type(i) is int and 0 <= i < self.vocab_size), None)
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of `text`, after what the tokenizer file puts before a text where `bos` is set."""
+        text.encode()  # refuses half a surrogate pair
+        return self.file.before * bos + self._encode(text)
+
+    def encode_marked(self, parts: list[str]) -> list[int]:
+        """Ids of the parts of a conversation. The 2nd, 4th ... name tokens that are to be text."""
+        parts[0].encode()
+        ids = self.file.parse(parts[0])
+        for literal, part in enumerate(parts[1:], 1):
+            if part and literal % 2:
+                new = self.file.literal(part)
+                if self.added[part] in new:  # the model has it as one piece
+                    new = self.file.literal(part[0]) + self.file.literal(part[1:])
+                ids += new
+            elif part:
+                ids += self.file.parse(part, start=False)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`: of bad bytes, U+FFFD; of BOS, EOS and unknown ids, none."""
+        return self._decode([i for i in ids if 0 <= i < self.vocab_size])
+
+
+def added_tokens(config: dict, ids: dict, named: Iterable[str]) -> dict[str, dict]:
+    """Tokens of tokenizer_config.json, of added_tokens.json (`ids`) and with a name, by text.
+
+    Each with what is told of it: id, special, lstrip, rstrip, normalized, single_word.
+    """
+    listed = config.get("added_tokens_decoder") or {}
+    found = {text: {"id": int(i)} for text, i in ids.items()}
+    found |= {token["content"]: token | {"id": int(i)} for i, token in listed.items()}
+    more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    for text in (*named, *(t.get("content") if isinstance(t, dict) else t for t in more)):
+        found.setdefault(text, {})["special"] = True
+    return {text: how for text, how in found.items() if isinstance(text, str) and text}
+
+
+def any_of(texts: Iterable[str], form: Callable[[str], str] = re.escape) -> str:
+    """A regular expression for one of the texts, the longest first."""
+    return "|".join(map(form, sorted(texts, key=len, reverse=True))) or "(?!)"
+
+
+class SentencePieceFile:
+    """A tokenizer.model. Control tokens, and those that files beside it add, have no text."""
+
+    def __init__(self, path: Path, config: dict, added: dict[str, dict]):
+        proto = path.read_bytes()
+        if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", proto):  # base64 and a rank: Llama 3's
+            raise ValueError(f"{path} is in tiktoken's format: put a tokenizer.json beside it")
+        self.model, self.inner = model, inner = SentencePieceProcessor(), SentencePieceProcessor()
+        try:
+            model.LoadFromSerializedProto(proto)
+            # With normalizer_spec.add_dummy_prefix = false: of a field that comes twice, the last.
+            inner.LoadFromSerializedProto(proto + b"\x1a\x02\x18\x00")
+        except RuntimeError:
             raise ValueError(f"{path} is not a sentencepiece model") from None
-        self.vocab_size = model.vocab_size()
-        self.bos, self.eos = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
-        self.closing = {i for i in range(self.vocab_size) if not model.is_control(i)}
-        self._encode = lambda text: ([] if self.bos is None else [self.bos]) + model.encode(text)
-        self._decode = model.decode
+        self.encode, self.literal, self.size = model.encode, inner.encode, model.vocab_size()
+        self.ids = {model.id_to_piece(i): i for i in range(self.size)}
+        self.closing = {i for i in range(self.size) if not model.is_control(i)}
+        own = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id()}
+        self.own = {kind: i for kind, i in own.items() if i >= 0}
+        self.names = {f"{kind}_token": model.id_to_piece(i) for kind, i in self.own.items()}
+        wanted = "bos" in self.own and config.get("add_bos_token") is not False
+        self.before = [own["bos"]] * wanted
+        self.special = {text for text, i in self.ids.items() if i not in self.closing}
+        self.special |= {text for text, how in added.items() if how.get("special")}
+        self.special |= {*self.names.values()}
+        for text, how in added.items():
+            self.ids.setdefault(text, how.get("id", len(self.ids)))
+        self.added = {text: self.ids[text] for text in self.special | added.keys()}
+        white = lambda text, side: r"\s*" if added.get(text, {}).get(side) else ""
+        form = lambda text: white(text, "lstrip") + re.escape(text) + white(text, "rstrip")
+        self.named = re.compile(f"({any_of(self.added, form)})")
+        self.legacy = config.get("legacy") is True
 
-    def _load_json(self, path: Path) -> None:
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+        return self.model.decode([i for i in ids if i < self.size])
+
+    def parse(self, text: str, start: bool = True) -> list[int]:
+        """Ids of a text, or of what goes on after its start, with the tokens that it names."""
+        ids = []
+        for place, part in enumerate(self.named.split(text)):
+            if place % 2:
+                ids.append(self.added.get(part) or self.added[part.strip()])
+            elif part:
+                first = (self.legacy if place else start) and not part.startswith((" ", "\u2581"))
+                ids += (self.model if first else self.inner).encode(part)
+        return ids
+
+
+class JsonFile:
+    """A tokenizer.json."""
+
+    def __init__(self, path: Path, config: dict, added: dict[str, dict]):
         try:
-            import tokenizers  # only here
+            from tokenizers import AddedToken, Tokenizer  # only here
 
-            model = tokenizers.Tokenizer.from_file(str(path))
+            self.model = model = Tokenizer.from_file(str(path))
             model.no_truncation()
             model.no_padding()
-            start = model.encode("").ids  # what its template puts before a text
+            own = {token.content for token in model.get_added_tokens_decoder().values()}
+            for text, how in sorted(added.items(), key=lambda item: item[1].get("id", 1 << 30)):
+                told = {k: how[k] for k in FLAGS & how.keys()}
+                model.add_tokens([] if text in own else [AddedToken(text, **told)])
+            self.ids = model.get_vocab()
+            tried = (model.encode(text) for text in ("a", *self.ids))
+            found = next((e for e in tried if 0 in e.sequence_ids), model.encode(""))
         except ImportError:
             raise ValueError(f"{path} needs a package: pip install tokenizers") from None
         except KeyboardInterrupt:
@@ -66,33 +194,45 @@ class Tokenizer:
         except BaseException as error:  # a panic is no Exception
             reason = visible(" ".join(str(error).split()))
             raise ValueError(f"{path} is not a tokenizer: {reason:.300}") from None
-        vocabulary = model.get_vocab()
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        ends = (vocabulary.get(name) for name in ("<|end_of_text|>", "<|eot_id|>", "</s>"))
-        self.bos = start[0] if start else None
-        self.eos = next((i for i in ends if i is not None), None)
+        of = found.sequence_ids  # 0: a token of the text; None: what the template puts around it
+        start = of.index(0) if 0 in of else len(of)
+        after = [i for i, sequence in zip(found.ids[start:], of[start:]) if sequence is None]
+        self.before, self.own = found.ids[:start], dict(zip(["eos"], after))
+        self.names: dict[str, str] = {}
+        tokens = model.get_added_tokens_decoder()
+        self.added = {token.content: i for i, token in tokens.items()}
+        self.special = {token.content for token in tokens.values() if token.special}
         # A bad byte turns a run of byte tokens into U+FFFD. Special tokens do not end a run.
-        added = model.get_added_tokens_decoder()
-        texts = {i for token, i in vocabulary.items() if not re.fullmatch("<0x..>", token)}
-        self.closing = texts - {i for i, token in added.items() if token.special}
-        self._encode = lambda text: model.encode(text).ids
-        self._decode = lambda ids: model.decode(ids, skip_special_tokens=True)
+        texts = {i for token, i in self.ids.items() if not re.fullmatch("<0x..>", token)}
+        self.closing = texts - {self.added[text] for text in self.special}
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of `text`, after that of BOS where the model expects one and `bos` is set."""
-        text.encode()  # refuses half a surrogate pair
-        ids = self._encode(text)
-        return ids if bos or self.bos is None else ids[1:]
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with the tokens that it names."""
+        return self.model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`: of bad bytes, U+FFFD; of BOS, EOS and unknown ids, none."""
-        return self._decode([i for i in ids if 0 <= i < self.vocab_size])
+        """Text of ids."""
+        return self.model.decode(ids, skip_special_tokens=True)
 
+    def parse(self, text: str, start: bool = True) -> list[int]:
+        """Ids of a text, or of what goes on after its start, with the tokens that it names."""
+        return self.encode(text) if start else self._after_newline(self.encode, text)
 
-def is_tiktoken(path: Path) -> bool:
-    """Whether a tokenizer.model lists base64 tokens and ranks, as Llama 3's."""
-    with open(path, "rb") as file:
-        return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", file.read(4096)) is not None
+    def literal(self, text: str) -> list[int]:
+        """Ids of a text that goes on, and names no token."""
+
+        def encode(text: str) -> list[int]:
+            model = self.model
+            text = model.normalizer.normalize_str(text) if model.normalizer else text
+            cut = model.pre_tokenizer.pre_tokenize_str(text) if model.pre_tokenizer else [(text,)]
+            return [token.id for word in cut for token in model.model.tokenize(word[0])]
+
+        return self._after_newline(encode, text)
+
+    def _after_newline(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
+        """Ids of a text that is not the start of one, got as transformers gets them."""
+        ids, newline = encode("\n" + text), self.encode("\n")
+        return ids[len(newline) :] if ids[: len(newline)] == newline else encode(text)
 
 
 def visible(text: str) -> str:

@@ -11,19 +11,25 @@ import dataclasses
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
+import jinja2
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch
 import transformers
+from chat_table import CONVERSATIONS, TEMPLATES
+from chat_table import KINDS as TOKENIZERS
 from helpers import decode
 
 from exact import pack
+from extras.chat import Chat
 from model import load_checkpoint, save_checkpoint
 
 transformers.logging.set_verbosity_error()
@@ -148,8 +154,51 @@ def check_one(number: int) -> tuple[float, float]:
         return check(number, Path(path))
 
 
+# --------------------------------------
+# Chats
+
+
+def ids_or_refusal(ask: Callable[[], list[int]]) -> list[int] | str:
+    """The ids of a conversation, or "refused" where the template raises an exception."""
+    try:
+        return list(ask())
+    except (ValueError, jinja2.TemplateError):
+        return "refused"
+
+
+def check_chats() -> int:
+    """Ids of the table of chats against apply_chat_template(tokenize=True): how many are equal.
+
+    Where messages name special tokens, with its sanitize_control_tokens. Raises AssertionError
+    where ids differ.
+    """
+    count = 0
+    for (kind, make), (template, source) in product(TOKENIZERS.items(), TEMPLATES.items()):
+        with tempfile.TemporaryDirectory() as path:
+            make(Path(path))
+            (Path(path) / "chat_template.jinja").write_text(source, encoding="utf-8")
+            slow = "sentencepiece" in kind
+            name = "LlamaTokenizer" if slow else "PreTrainedTokenizerFast"
+            reference = getattr(transformers, name).from_pretrained(path)
+            chat = Chat(Path(path))
+        for title, messages in CONVERSATIONS.items():
+            chat.messages = messages[:-1]
+            found = ids_or_refusal(lambda: chat.ask(messages[-1]["content"]))
+            text = "".join(m["content"] for m in messages)
+            for guard in {True, any(token in text for token in chat.tokenizer.added)}:
+                how = dict(add_generation_prompt=True, sanitize_control_tokens=guard)
+                wanted = ids_or_refusal(
+                    lambda: reference.apply_chat_template(messages, return_dict=False, **how)
+                )
+                where = f"{kind}, {template}, {title}, guard {guard}: {found} is not {wanted}"
+                assert found == wanted, where
+                count += 1
+    return count
+
+
 def main() -> None:
     cases = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    print(f"{check_chats()} conversations have transformers' ids")
     errors = []
     how = dict(mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
     with ProcessPoolExecutor(**how) as pool:
