@@ -4,7 +4,7 @@ A token may end inside a UTF-8 character, and decoding drops a leading space: se
 """
 
 import re
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Iterable, Set
 from itertools import takewhile
 from operator import eq
 from pathlib import Path
@@ -63,7 +63,7 @@ class Tokenizer:
             raise wrong[-1]
         size = lambda file: max(file.ids.values(), default=-1) + 1
         self.file = file = max(found, key=size)
-        self.vocab_size, self._encode, self._decode = size(file), file.encode, file.decode
+        self.vocab_size, self._decode = size(file), file.decode
         self.added, self.special, self.closing = file.added, file.special, file.closing
         self.names = {k: v for k, v in file.names.items() if k not in self.config} | named
         saved = [read("generation_config.json"), read("config.json")]
@@ -80,7 +80,7 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of `text`, after what the tokenizer file puts before a text where `bos` is set."""
         text.encode()  # refuses half a surrogate pair
-        return self.file.before * bos + self._encode(text)
+        return self.file.before * bos + self.file.encode(text)
 
     def encode_marked(self, parts: list[str]) -> list[int]:
         """Ids of a conversation in parts. The 2nd, 4th ... name tokens that are to be text."""
@@ -100,10 +100,7 @@ class Tokenizer:
 
 
 def added_tokens(config: dict, ids: dict, named: Iterable[str]) -> dict[str, dict]:
-    """Tokens of tokenizer_config.json, of added_tokens.json (`ids`) and with a name, by text.
-
-    Each with what is told of its id and its FLAGS.
-    """
+    """By text, what tokenizer_config.json, added_tokens.json (`ids`) and names tell of tokens."""
     listed = (config.get("added_tokens_decoder") or {}).items()
     found = {text: {"id": int(i)} for text, i in ids.items()}
     found |= {token["content"]: token | {"id": int(i)} for i, token in listed}
@@ -113,9 +110,9 @@ def added_tokens(config: dict, ids: dict, named: Iterable[str]) -> dict[str, dic
     return {text: how for text, how in found.items() if isinstance(text, str) and text}
 
 
-def any_of(texts: Iterable[str], form: Callable[[str], str] = re.escape) -> str:
+def any_of(texts: Iterable[str]) -> str:
     """A regular expression for one of the texts, the longest first."""
-    return "|".join(map(form, sorted(texts, key=len, reverse=True))) or "(?!)"
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
 
 
 class SentencePieceFile:
@@ -128,7 +125,7 @@ class SentencePieceFile:
             raise ValueError(f"{path} is in tiktoken's format: put a tokenizer.json beside it")
         try:
             model.LoadFromSerializedProto(proto)
-            # With normalizer_spec.add_dummy_prefix = false: of a field that comes twice, the last.
+            # normalizer_spec.add_dummy_prefix = false: of a field that is there twice, the last.
             inner.LoadFromSerializedProto(proto + b"\x1a\x02\x18\x00")
         except RuntimeError:
             raise ValueError(f"{path} is not a sentencepiece model") from None
@@ -140,14 +137,12 @@ class SentencePieceFile:
         bos = "bos_token" in self.names and config.get("add_bos_token") is not False
         self.before = [model.bos_id()] * bos
         self.special = {text for text, i in self.ids.items() if i not in self.closing}
-        self.special |= {text for text, how in added.items() if how.get("special")}
-        self.special |= set(self.names.values())
+        self.special |= {text for text in added if added[text].get("special")}
+        self.special |= {*self.names.values()}
         for text, how in added.items():
             self.ids.setdefault(text, how.get("id", len(self.ids)))
         self.added = {text: self.ids[text] for text in self.special | added.keys()}
-        white = lambda text, side: r"\s*" * bool(added.get(text, {}).get(side))
-        form = lambda text: white(text, "lstrip") + re.escape(text) + white(text, "rstrip")
-        self.named = re.compile(f"({any_of(self.added, form)})")
+        self.named = re.compile(f"({any_of(self.added)})")
         self.legacy = config.get("legacy") is True
 
     def decode(self, ids: list[int]) -> str:
@@ -159,14 +154,14 @@ class SentencePieceFile:
         ids = []
         for place, part in enumerate(self.named.split(text)):
             if place % 2:
-                ids.append(self.added.get(part) or self.added[part.strip()])
+                ids.append(self.added[part])
             elif part:
                 first = (self.legacy if place else start) and not part.startswith((" ", "\u2581"))
                 ids += (self.model if first else self.inner).encode(part)
         return ids
 
     def go_on(self, text: str, literal: int) -> list[int]:
-        """Ids of a text that is not a start; `literal`: it names no tokens."""
+        """Ids of a text that is no start; `literal`: it names no tokens."""
         return self.inner.encode(text) if literal else self.parse(text, start=False)
 
 
@@ -216,15 +211,13 @@ class JsonFile:
         return self.model.decode(ids, skip_special_tokens=True)
 
     def go_on(self, text: str, literal: int) -> list[int]:
-        """Ids of a text that is not a start, as transformers gets them: after a newline."""
+        """Ids of a text that is no start, as transformers gets them: after a newline."""
 
         def plain(text: str) -> list[int]:
-            model, words = self.model, [(text, None)]
-            if model.normalizer:
-                words = [(model.normalizer.normalize_str(text), None)]
-            if model.pre_tokenizer:
-                words = model.pre_tokenizer.pre_tokenize_str(words[0][0])
-            return [token.id for word, _ in words for token in model.model.tokenize(word)]
+            clean, cut, model = self.model.normalizer, self.model.pre_tokenizer, self.model.model
+            text = clean.normalize_str(text) if clean else text
+            words = [word for word, _ in cut.pre_tokenize_str(text)] if cut else [text]
+            return [token.id for word in words for token in model.tokenize(word)]
 
         encode, newline = plain if literal else self.encode, self.encode("\n")
         ids = encode("\n" + text)
