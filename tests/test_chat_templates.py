@@ -108,10 +108,13 @@ def test_a_piece_of_the_model_that_a_template_uses_is_guarded_too(tmp_path):
     )
 
 
-def test_marks_in_a_message_open_no_way_to_special_tokens(tmp_path):
+def test_marks_in_messages_change_no_special_token(tmp_path):
     chat = chat_of(tmp_path, USER)
     for text in (f"a{CLOSE}{EOS}{OPEN}", f"{OPEN}{EOS}{CLOSE}", f"<|end{OPEN}_of_text|>"):
         assert 257 not in chat.ask(text)
+    chat = chat_of(tmp_path, "{% for m in messages %}{{ m.content }}" + EOS + "{% endfor %}")
+    chat.keep(f"x{OPEN}", f"{CLOSE}y")
+    assert chat.ask("z").count(257) == 3, "nor to turn the template's own into text"
 
 
 # --------------------------------------
