@@ -17,8 +17,8 @@ test: .venv/ready        ## the whole test suite; EXAMPLES=2000 makes the proper
 	$(RUN) -m pytest -q tests -m threads
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests -m "not threads" -n auto --dist worksteal
 
-parity: .venv/ready      ## logits, greedy text and saved files against transformers, 200 configs
-	$(PIP) transformers==5.23.0
+parity: .venv/ready      ## logits, greedy text, saved files, chats against transformers, 200 configs
+	$(PIP) transformers==5.23.0 protobuf
 	$(RUN) tests/parity.py
 
 mutants: .venv/ready     ## plants faults in a copy of the code; each must turn its test red

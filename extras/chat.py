@@ -27,18 +27,6 @@ def refuse(reason: str) -> NoReturn:
     raise TemplateError(reason)
 
 
-def to_json(
-    x: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """What templates call tojson. jinja2's own would escape HTML."""
-    how: dict = dict(indent=indent, separators=separators, sort_keys=sort_keys)
-    return json.dumps(x, ensure_ascii=ensure_ascii, **how)
-
-
 class Generation(Extension):
     """{% generation %} ... {% endgeneration %}: marks what is trained on. Here, a plain block."""
 
@@ -81,7 +69,9 @@ class Chat:
         engine = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
         )
-        engine.filters["tojson"] = to_json
+        engine.filters["tojson"] = lambda x, ensure_ascii=False, **how: json.dumps(
+            x, ensure_ascii=ensure_ascii, **how
+        )
         engine.globals["raise_exception"] = refuse
         engine.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self.first = [] if system is None else [dict(role="system", content=system)]

@@ -16,7 +16,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from decode import generate, new_cache
+from decode import check_request, generate, new_cache
 from exact import MAX_ROWS
 from extras.trace import parser, piece, start
 from model import PREFILL_ROWS, Llama
@@ -65,11 +65,12 @@ def choose_exit(model: Llama, prompt_ids: list[int], settings: dict) -> dict:
 
     Each exit's guesses after the prompt's first token and last LONGEST are held against the last
     layer's, and the rounds that they would make are timed. A prompt of fewer than SHORTEST tokens
-    and a model of one layer keep what `settings` say.
+    and a model of one layer keep what `settings` say. Raises ValueError for one that cannot run.
     """
     layers, read = model.config.n_layers, prompt_ids[:1] + prompt_ids[1:][-LONGEST:]
     if len(read) < SHORTEST or layers < 2:
         return dict(exit_layer=settings["exit_layer"], draft_len=settings["draft_len"])
+    check_request(model.config, prompt_ids)
     said, probability = exits(model, read)
     right, sure = (said == said[-1]).tolist(), (probability > settings["min_confidence"]).tolist()
     seconds, speed = pass_seconds(model), {}

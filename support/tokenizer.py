@@ -4,7 +4,7 @@ A token may end inside a UTF-8 character, and decoding drops a leading space: se
 """
 
 import re
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Iterable, Set
 from itertools import takewhile
 from operator import eq
 from pathlib import Path
@@ -13,7 +13,7 @@ from sentencepiece import SentencePieceProcessor
 
 from support.checkpoint import WRONG_KIND, advice, read_json
 
-FLAGS = {"special", "lstrip", "rstrip", "normalized", "single_word"}
+FLAGS = {"special", "lstrip", "rstrip", "normalized", "single_word"}  # of an added token
 USUAL = {
     "bos": ("<|begin_of_text|>", "<s>", "<bos>"),
     "eos": ("<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>"),
@@ -23,18 +23,18 @@ USUAL = {
 class Tokenizer:
     """tokenizer.model (Llama 1 and 2, ours) or tokenizer.json (Llama 3) in the folder `path`.
 
-    Of both the one with more tokens. `path` may also be one of the files. Raises ValueError where
-    there is no usable one.
+    Where there are both, the one with more tokens. `path` may also be one of these files. Raises
+    ValueError when there is no usable one.
 
-    `bos` and `eos` are ids, or None: the first that is a token here of what the tokenizer file puts
-    before a text (for BOS), what tokenizer_config.json or special_tokens_map.json names, the ids in
-    generation_config.json and config.json, the tokenizer file's own, and the names in USUAL.
+    `bos` and `eos` are ids or None. The first that says one counts: what the tokenizer file puts
+    before a text (BOS only), tokenizer_config.json with special_tokens_map.json,
+    generation_config.json, config.json, the tokenizer file, and the names in USUAL.
     """
 
-    config: dict  # tokenizer_config.json, and special_tokens_map.json
+    config: dict  # tokenizer_config.json with special_tokens_map.json
     names: dict[str, str]  # bos_token and the like, as chat templates have them
     added: dict[str, int]  # tokens that the text of a conversation may name
-    special: Set[str]  # those of them that messages may not name
+    special: Set[str]  # those of them that a message may not name
     closing: Set[int]  # ids after which the text before them is final
 
     def __init__(self, path: str | Path):
@@ -50,51 +50,48 @@ class Tokenizer:
             added = added_tokens(self.config, read("added_tokens.json"), named.values())
         except (*WRONG_KIND, AttributeError):
             raise ValueError(f"the added tokens of {folder} are no table of tokens") from None
-        found, wrong = [], [ValueError(f"no tokenizer.model or tokenizer.json at {path}")]
+        found: list[SentencePieceFile | JsonFile] = []
+        wrong = [ValueError(f"no tokenizer.model or tokenizer.json at {path}")]
         files = [path] if path.is_file() else [path / "tokenizer.model", path / "tokenizer.json"]
-        for file in filter(Path.is_file, files):
-            kind = JsonFile if file.suffix == ".json" else SentencePieceFile
+        for name in filter(Path.is_file, files):
             try:
-                found.append(kind(file, self.config, added))
+                kind = JsonFile if name.suffix == ".json" else SentencePieceFile
+                found.append(kind(name, self.config, added))
             except ValueError as error:
                 wrong.append(error)
         if not found:
             raise wrong[-1]
         size = lambda file: max(file.ids.values(), default=-1) + 1
-        self.file = best = max(found, key=size)
-        self.vocab_size, self._encode, self._decode = size(best), best.encode, best.decode
-        self.added, self.special, self.closing = best.added, best.special, best.closing
-        self.names = {k: v for k, v in best.names.items() if k not in self.config} | named
+        self.file = file = max(found, key=size)
+        self.vocab_size, self._decode = size(file), file.decode
+        self.added, self.special, self.closing = file.added, file.special, file.closing
+        self.names = {k: v for k, v in file.names.items() if k not in self.config} | named
         saved = [advice(folder / "generation_config.json"), read("config.json")]
-        self.bos, self.eos = (self._decide(kind, saved) for kind in ("bos", "eos"))
 
-    def _decide(self, kind: str, saved: list[dict]) -> int | None:
-        """The id of BOS or EOS, in the order that the class tells."""
-        ids = self.file.ids
-        said: list = self.file.before[:1] if kind == "bos" else []
-        said.append(ids.get(self.names.get(f"{kind}_token", "")))
-        for value in (found.get(f"{kind}_token_id") for found in saved):
-            said += value if isinstance(value, list) else [value]
-        said += [self.file.own.get(kind), *map(ids.get, USUAL[kind])]
-        return next((i for i in said if type(i) is int and 0 <= i < self.vocab_size), None)
+        def decide(kind: str, said: list) -> int | None:
+            said = [*said, file.ids.get(named.get(f"{kind}_token", ""))]
+            for value in (settings.get(f"{kind}_token_id") for settings in saved):
+                said += value if isinstance(value, list) else [value]
+            said += map(file.ids.get, (file.names.get(f"{kind}_token", ""), *USUAL[kind]))
+            return next((i for i in said if type(i) is int and 0 <= i < self.vocab_size), None)
+
+        self.bos, self.eos = decide("bos", file.before[:1]), decide("eos", [])
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of `text`, after what the tokenizer file puts before a text where `bos` is set."""
         text.encode()  # refuses half a surrogate pair
-        return self.file.before * bos + self._encode(text)
+        return self.file.before * bos + self.file.encode(text)
 
     def encode_marked(self, parts: list[str]) -> list[int]:
-        """Ids of the parts of a conversation. The 2nd, 4th ... name tokens that are to be text."""
-        parts[0].encode()
+        """Ids of a conversation in parts. The 2nd, 4th ... name tokens that are to be text."""
+        "".join(filter(None, parts)).encode()
         ids = self.file.parse(parts[0])
-        for literal, part in enumerate(parts[1:], 1):
-            if part and literal % 2:
-                new = self.file.literal(part)
-                if self.added[part] in new:  # the model has it as one piece
-                    new = self.file.literal(part[0]) + self.file.literal(part[1:])
+        for place, part in enumerate(parts[1:], 1):
+            if part:
+                new = self.file.go_on(part, place % 2)
+                if place % 2 and self.added[part] in new:  # the model has it as one piece
+                    new = self.file.go_on(part[0], 1) + self.file.go_on(part[1:], 1)
                 ids += new
-            elif part:
-                ids += self.file.parse(part, start=False)
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -103,55 +100,49 @@ class Tokenizer:
 
 
 def added_tokens(config: dict, ids: dict, named: Iterable[str]) -> dict[str, dict]:
-    """Tokens of tokenizer_config.json, of added_tokens.json (`ids`) and with a name, by text.
-
-    Each with what is told of it: id, special, lstrip, rstrip, normalized, single_word.
-    """
-    listed = config.get("added_tokens_decoder") or {}
+    """By text, what tokenizer_config.json, added_tokens.json (`ids`) and names tell of tokens."""
+    listed = (config.get("added_tokens_decoder") or {}).items()
     found = {text: {"id": int(i)} for text, i in ids.items()}
-    found |= {token["content"]: token | {"id": int(i)} for i, token in listed.items()}
+    found |= {token["content"]: token | {"id": int(i)} for i, token in listed}
     more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    for text in (*named, *(t.get("content") if isinstance(t, dict) else t for t in more)):
+    for text in (*named, *(t["content"] if isinstance(t, dict) else t for t in more)):
         found.setdefault(text, {})["special"] = True
     return {text: how for text, how in found.items() if isinstance(text, str) and text}
 
 
-def any_of(texts: Iterable[str], form: Callable[[str], str] = re.escape) -> str:
+def any_of(texts: Iterable[str]) -> str:
     """A regular expression for one of the texts, the longest first."""
-    return "|".join(map(form, sorted(texts, key=len, reverse=True))) or "(?!)"
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
 
 
 class SentencePieceFile:
     """A tokenizer.model. Control tokens, and those that files beside it add, have no text."""
 
     def __init__(self, path: Path, config: dict, added: dict[str, dict]):
+        self.model, self.inner = model, inner = SentencePieceProcessor(), SentencePieceProcessor()
         proto = path.read_bytes()
         if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", proto):  # base64 and a rank: Llama 3's
             raise ValueError(f"{path} is in tiktoken's format: put a tokenizer.json beside it")
-        self.model, self.inner = model, inner = SentencePieceProcessor(), SentencePieceProcessor()
         try:
             model.LoadFromSerializedProto(proto)
-            # With normalizer_spec.add_dummy_prefix = false: of a field that comes twice, the last.
+            # normalizer_spec.add_dummy_prefix = false: of a field that is there twice, the last.
             inner.LoadFromSerializedProto(proto + b"\x1a\x02\x18\x00")
         except RuntimeError:
             raise ValueError(f"{path} is not a sentencepiece model") from None
-        self.encode, self.literal, self.size = model.encode, inner.encode, model.vocab_size()
+        self.encode, self.size = model.encode, model.vocab_size()
         self.ids = {model.id_to_piece(i): i for i in range(self.size)}
         self.closing = {i for i in range(self.size) if not model.is_control(i)}
         own = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id()}
-        self.own = {kind: i for kind, i in own.items() if i >= 0}
-        self.names = {f"{kind}_token": model.id_to_piece(i) for kind, i in self.own.items()}
-        wanted = "bos" in self.own and config.get("add_bos_token") is not False
-        self.before = [own["bos"]] * wanted
+        self.names = {f"{kind}_token": model.id_to_piece(i) for kind, i in own.items() if i >= 0}
+        bos = "bos_token" in self.names and config.get("add_bos_token") is not False
+        self.before = [model.bos_id()] * bos
         self.special = {text for text, i in self.ids.items() if i not in self.closing}
-        self.special |= {text for text, how in added.items() if how.get("special")}
+        self.special |= {text for text in added if added[text].get("special")}
         self.special |= {*self.names.values()}
         for text, how in added.items():
             self.ids.setdefault(text, how.get("id", len(self.ids)))
         self.added = {text: self.ids[text] for text in self.special | added.keys()}
-        white = lambda text, side: r"\s*" if added.get(text, {}).get(side) else ""
-        form = lambda text: white(text, "lstrip") + re.escape(text) + white(text, "rstrip")
-        self.named = re.compile(f"({any_of(self.added, form)})")
+        self.named = re.compile(f"({any_of(self.added)})")
         self.legacy = config.get("legacy") is True
 
     def decode(self, ids: list[int]) -> str:
@@ -159,15 +150,19 @@ class SentencePieceFile:
         return self.model.decode([i for i in ids if i < self.size])
 
     def parse(self, text: str, start: bool = True) -> list[int]:
-        """Ids of a text, or of what goes on after its start, with the tokens that it names."""
+        """Ids of a text, with the tokens that it names."""
         ids = []
         for place, part in enumerate(self.named.split(text)):
             if place % 2:
-                ids.append(self.added.get(part) or self.added[part.strip()])
+                ids.append(self.added[part])
             elif part:
                 first = (self.legacy if place else start) and not part.startswith((" ", "\u2581"))
                 ids += (self.model if first else self.inner).encode(part)
         return ids
+
+    def go_on(self, text: str, literal: int) -> list[int]:
+        """Ids of a text that is no start; `literal`: it names no tokens."""
+        return self.inner.encode(text) if literal else self.parse(text, start=False)
 
 
 class JsonFile:
@@ -196,9 +191,8 @@ class JsonFile:
             raise ValueError(f"{path} is not a tokenizer: {reason:.300}") from None
         of = found.sequence_ids  # 0: a token of the text; None: what the template puts around it
         start = of.index(0) if 0 in of else len(of)
-        after = [i for i, sequence in zip(found.ids[start:], of[start:]) if sequence is None]
-        self.before, self.own = found.ids[:start], dict(zip(["eos"], after))
-        self.names: dict[str, str] = {}
+        self.before, after = found.ids[:start], found.tokens[start + of.count(0) :]
+        self.names = dict(zip(["eos_token"], after))
         tokens = model.get_added_tokens_decoder()
         self.added = {token.content: i for i, token in tokens.items()}
         self.special = {token.content for token in tokens.values() if token.special}
@@ -210,28 +204,23 @@ class JsonFile:
         """Ids of a text, with the tokens that it names."""
         return self.model.encode(text, add_special_tokens=False).ids
 
+    parse = encode
+
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
         return self.model.decode(ids, skip_special_tokens=True)
 
-    def parse(self, text: str, start: bool = True) -> list[int]:
-        """Ids of a text, or of what goes on after its start, with the tokens that it names."""
-        return self.encode(text) if start else self._after_newline(self.encode, text)
+    def go_on(self, text: str, literal: int) -> list[int]:
+        """Ids of a text that is no start, as transformers gets them: after a newline."""
 
-    def literal(self, text: str) -> list[int]:
-        """Ids of a text that goes on, and names no token."""
+        def plain(text: str) -> list[int]:
+            clean, cut, model = self.model.normalizer, self.model.pre_tokenizer, self.model.model
+            text = clean.normalize_str(text) if clean else text
+            words = [word for word, _ in cut.pre_tokenize_str(text)] if cut else [text]
+            return [token.id for word in words for token in model.tokenize(word)]
 
-        def encode(text: str) -> list[int]:
-            model = self.model
-            text = model.normalizer.normalize_str(text) if model.normalizer else text
-            cut = model.pre_tokenizer.pre_tokenize_str(text) if model.pre_tokenizer else [(text,)]
-            return [token.id for word in cut for token in model.model.tokenize(word[0])]
-
-        return self._after_newline(encode, text)
-
-    def _after_newline(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
-        """Ids of a text that is not the start of one, got as transformers gets them."""
-        ids, newline = encode("\n" + text), self.encode("\n")
+        encode, newline = plain if literal else self.encode, self.encode("\n")
+        ids = encode("\n" + text)
         return ids[len(newline) :] if ids[: len(newline)] == newline else encode(text)
 
 

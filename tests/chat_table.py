@@ -162,6 +162,9 @@ def configure(path: Path, found: dict) -> None:
 def write_json(path: Path, model: Tokenizer, trainer: trainers.Trainer, **how: bool) -> None:
     """A tokenizer.json with the special and the added tokens; `how` is told of the special ones."""
     model.train_from_iterator([TEXT] * 4, trainer)
+    found = json.loads(model.to_str())
+    found["added_tokens"] = []  # the trainer's: bytes are no added tokens
+    model = Tokenizer.from_str(json.dumps(found))
     special = [AddedToken(t, normalized=False, special=True, **how) for t in SPECIAL + ADDED]
     model.add_special_tokens(special)
     model.add_tokens(PLAIN)

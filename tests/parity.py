@@ -4,7 +4,8 @@
 
 For each config: float64 logits within 1e-9 and float32 within 1e-5, relative to the largest; 32
 greedy tokens equal in float64, drafted; and what save_checkpoint writes gives transformers the same
-logits. Exit code 1 where one of these does not hold.
+logits. Before that, the ids of the conversations in chat_table.py against apply_chat_template. Exit
+code 1 where one of these does not hold.
 """
 
 import dataclasses

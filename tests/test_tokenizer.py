@@ -201,7 +201,7 @@ def test_truncation_and_padding_of_tokenizer_json_are_off(fast):
 def test_each_file_can_be_named_alone(fast):
     assert Tokenizer(fast / "tokenizer.json").bos == 0
     ours(fast)
-    assert Tokenizer(fast / "tokenizer.model").vocab_size == Tokenizer(fast).vocab_size == 290
+    assert Tokenizer(fast / "tokenizer.model").vocab_size == 290
 
 
 def test_tiktokens_format_is_told_apart(fast):
