@@ -373,7 +373,6 @@ def test_deep_nesting_and_long_numbers_are_refused(depth):
 
 def test_a_json_file_that_cannot_be_read_is_named(tmp_path):
     bad = {"empty.json": b"", "latin.json": b'"\xe9"', "utf16.json": "{}".encode("utf-16")}
-    bad["mark.json"] = "\ufeff{}".encode()
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         assert name in refusal(read_json, tmp_path / name)
@@ -389,12 +388,12 @@ USABLE = {
     "assistant_confidence_threshold": [0, 0.0, 0.4, 0.999],
     "eos_token_id": [0, 2, [], [2], [0, 128009]],
 }
-NEVER = [True, False, "1", -1, 1.5, -(10**400), {}, [[1]], [True], [-1], [1.0], float("nan")]
+NEVER = [True, False, "1", -1, 1.5, -(10**400), {}, [[1.5]], [True], [-1], float("nan")]
 UNUSABLE = {
-    "assistant_early_exit": [0, 1.0, [1]],
-    "num_assistant_tokens": [0, 1.0, [1]],
+    "assistant_early_exit": [0, [1]],
+    "num_assistant_tokens": [0, [1]],
     "assistant_confidence_threshold": [1, 1.0, 10**400, -0.1, [0.5]],
-    "eos_token_id": [1.0, [None], [0, "2"]],
+    "eos_token_id": [[None], [0, "2"]],
 }
 
 
@@ -404,15 +403,15 @@ def generation(path: Path, **keys) -> dict:
 
 
 @pytest.mark.parametrize("key", USABLE)
-def test_generation_settings_come_as_they_are_or_are_refused(tmp_path, key):
+def test_generation_settings_come_as_they_are_or_are_named(tmp_path, key, capfd):
     assert generation_config(tmp_path) == generation(tmp_path, **{key: None}) == {}
-    (tmp_path / "generation_config.json").write_text("[]")
-    assert "generation_config.json" in refusal(generation_config, tmp_path)
     for value in USABLE[key]:
         assert generation(tmp_path, **{key: value}) == {key: value}
+    assert capfd.readouterr().err == ""
     for value in NEVER + UNUSABLE[key]:
-        message = refusal(lambda value=value: generation(tmp_path, **{key: value}))
-        assert key in message and "generation_config.json" in message
+        assert generation(tmp_path, **{key: value}) == {}
+        said = capfd.readouterr().err
+        assert f"generation_config.json: {key} " in said and said.count("\n") == 1
 
 
 # --------------------------------------
