@@ -105,6 +105,10 @@ class Chat:
         except Exception as error:  # a template is a program, and may fail in any way
             raise ValueError(f"the chat template refuses this: {error}") from None
 
+    def ids(self, messages: list[dict[str, str]], **settings: Any) -> list[int]:
+        """Ids of the template's text."""
+        return self.tokenizer.encode_marked(self.marks.split(self.render(messages, **settings)))
+
     def ask(self, text: str) -> list[int]:
         """Ids of the conversation, of a user's next message, and of what begins the answer.
 
@@ -113,8 +117,7 @@ class Chat:
         left_out = 0
         while True:
             asked = [*self.messages, dict(role="user", content=text)]
-            parts = self.marks.split(self.render(asked, add_generation_prompt=True))
-            ids = self.tokenizer.encode_marked(parts)
+            ids = self.ids(asked, add_generation_prompt=True)
             if len(ids) <= self.room or len(self.messages) == len(self.first):
                 break
             del self.messages[len(self.first) : len(self.first) + 2]
