@@ -107,8 +107,7 @@ class Chat:
 
     def ids(self, messages: list[dict[str, str]], **settings: Any) -> list[int]:
         """Ids of the template's text."""
-        parts = self.marks.split(self.render(messages, **settings))
-        return self.tokenizer.encode_marked(parts)
+        return self.tokenizer.encode_marked(self.marks.split(self.render(messages, **settings)))
 
     def ask(self, text: str) -> list[int]:
         """Ids of the conversation, of a user's next message, and of what begins the answer.
