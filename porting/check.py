@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = {"float64": 1e-6, "float32": 2e-5}  # of the largest number of a row, or of 1: 10.5
 ANGLES = 1e-5  # float64 vectors that are off by less have another model, not another decoder
+PRECISE, ROUGH = 5e-5, 2e-2  # between them errors look like products of few bits
 HEAD, EXIT = "the head", "the head after layer E-1"  # places beside the layers
 
 RULES = {
@@ -62,6 +62,8 @@ class Broken(Exception):
     layer: int | str | None = None
     position: int | None = None
     case: str | None = None
+    error: float = 0.0  # of the largest number of the row
+    part: str = ""  # of section 11, where rule 1.3 is broken
 
     def __str__(self):
         places = [
@@ -70,7 +72,12 @@ class Broken(Exception):
             if (at := getattr(self, name)) is not None
         ]
         text = f"{', '.join(places) or 'filters'}: rule {self.rule} is broken ({RULES[self.rule]})"
-        return f"{text}: expected {self.expected}, found {self.found}"
+        text += f": expected {self.expected}, found {self.found}"
+        if self.rule == "1.3" and self.part:
+            text += f" (see {self.part})"
+        if self.rule == "1.3" and PRECISE < self.error < ROUGH:
+            text += " (as near as products in TF32 or bfloat16: 8.6)"
+        return text
 
 
 @dataclass
@@ -80,6 +87,7 @@ class Report:
     Counts arrays by name: golden ones, those of them in the trace, and what is not compared.
     """
 
+    dtype: str
     tolerance: float
     missing: list[str]  # golden cases that the trace lacks
     broken: Broken | None = None
@@ -98,6 +106,8 @@ class Report:
         text += f": {self.cases} of {self.cases + len(self.missing)} cases, {self.rounds} rounds"
         text += "; compared: tokens, lengths"
         text += "".join(f", {self.compared[k]} of {n} {k}" for k, n in self.golden.items())
+        if not self.compared.keys() - {"layer_runs", "filters"}:
+            text += "; tokens alone do not show low precision, wrong padding or dead rows made live"
         if self.unused:
             text += "; given, but without golden ones: "
             text += ", ".join(f"{times} {kind}" for kind, times in self.unused.items())
@@ -161,15 +171,17 @@ class Case:
     def compare(self, rule: str, what: str, golden: Any, found: Any, *where: Any) -> None:
         """Raises Broken where vectors differ; Malformed for float32 numbers called float64."""
         off = error(golden, found)
-        near = off.max() < ANGLES and self.report.tolerance < ANGLES
+        if not off.max() > self.report.tolerance:
+            return
+        near = self.report.dtype == "float64" and off.max() < ANGLES
         if near and found.size > 8 and (found == np.float32(found)).all():
             raise Malformed(f"case {self.name}: {what} has float32 numbers: say so in dtype")
-        if off.max() > self.report.tolerance:
-            at = np.unravel_index(off.argmax(), off.shape)
-            expected = f"{golden[at]:.9g} in {what} at {[int(i) for i in at]}"
-            hint = self.asks if rule in ("5.1.2", "5.2") else ""
-            hint = " (as near as with angles formed in float64: 11.4)" if near else hint
-            raise Broken("1.3" if near else rule, expected, f"{found[at]:.9g}{hint}", *where)
+        at = np.unravel_index(off.argmax(), off.shape)
+        expected = f"{golden[at]:.9g} in {what} at {[int(i) for i in at]}"
+        hint = self.asks if rule in ("5.1.2", "5.2") else ""
+        hint = " (as near as with angles formed in float64: 11.4)" if near else hint
+        rule = "1.3" if near else rule
+        raise Broken(rule, expected, f"{found[at]:.9g}{hint}", *where, error=float(off.max()))
 
     def walk(self) -> None:
         """All rounds, and what is live between them."""
@@ -179,13 +191,20 @@ class Case:
             n = len(self.tokens)
             if r.get("start", n - 1) != n - 1:
                 raise Broken("3.1" if number else "6.2", n - 1, r["start"], number)
-            self.draft(number, r, g, n)
-            if not drafts and r["length"] == g["length"]:  # else 5.4 is the cause
-                self.kept(n - 1, n, "3.2", number)
-            self.verify(number, r, g, n)
-            self.accept(number, r, g, n)
+            try:
+                self.draft(number, r, g, n)
+                if not drafts and r["length"] == g["length"]:  # else 5.4 is the cause
+                    self.kept(n - 1, n, "3.2", number)
+                self.verify(number, r, g, n)
+                self.accept(number, r, g, n)
+            except Broken as broken:
+                ahead = r["length"] - len(r["emitted"]) - (n - 1)
+                if number == 0 and ahead > 0 and broken.rule in ("1.3", "4.2", "4.3", "5.1.2"):
+                    broken.rule, broken.found = "6.2", f"{broken.found}, length {ahead} ahead"
+                raise
             if r["length"] != g["length"]:
-                raise Broken("5.4", g["length"], r["length"], number)
+                ask = " (is length n - 1 after prefill? 6.2)" * (number == 0 and "start" not in r)
+                raise Broken("5.4", g["length"], f"{r['length']}{ask}", number)
             if drafts:
                 self.kept(n - 1, g["length"], "3.2", number)
             if g["accepted"] < len(g["drafted"]):
@@ -241,14 +260,20 @@ class Case:
             return
         if not len(g["emitted"]) <= len(logits) <= rows:
             raise Broken("5.2", f"logits of {rows} rows", len(logits), number, HEAD)
-        rows_right = "plain-sampled" in self.report.right and not self.stored
+        rows_right = "plain-sampled" in self.report.right
         rule = "5.2" if e else "6.2" if rows_right and number == 0 < n - 1 else "1.3"
         several = 1 < rows and self.row == number and "exit_queries" in r and self.report.right
         for i, row in enumerate(logits):
             if several:
                 self.asks = " (does row i see rows after it?)" * (i == 0)
             golden = self.vectors["logits"][self.row + i]
-            self.compare(rule, f"logits_{i}", golden, row, number, HEAD, n - 1 + i)
+            try:
+                self.compare(rule, f"logits_{i}", golden, row, number, HEAD, n - 1 + i)
+            except Broken as broken:
+                if self.stored:  # then the keys and values of every layer are right
+                    broken.part = "11.6, or 11.3 in the last layer"
+                    broken.part += "; or does prefill run x_{n-1} too, 6.2?" * (number == 0)
+                raise
 
     def accept(self, number: int, r: dict, g: dict, n: int) -> None:
         """3.4, 4, 5.3 and 7.1, token by token."""
@@ -288,10 +313,18 @@ class Case:
                     if undrafted and found.any() and not near:
                         broken.rule = "1.3"
             if wrong:
-                if len(wrong) == 2 and layer and wrong[0].rule == "1.3":
-                    wrong[0].layer = layer - 1
-                    wrong[0].expected = f"{wrong[0].expected} of layer {layer}"
-                raise wrong[0]
+                first, both = wrong[0], len(wrong) == 2
+                if not both:
+                    keys = "11.5: k_proj" if position == 0 else "11.4"
+                    first.part = keys if "keys" in str(first.expected) else "11.5: v_proj"
+                elif layer == 0:
+                    first.part = "11.1, 11.2"
+                else:
+                    first.part = "11.5, 11.4" if position else "11.3, 11.1; 11.5: o_proj"
+                if both and layer and first.rule == "1.3":
+                    first.layer = layer - 1
+                    first.expected = f"{first.expected} of layer {layer}"
+                raise first
 
 
 def check(trace: dict, tolerance: float | None = None) -> Report:
@@ -309,7 +342,9 @@ def check(trace: dict, tolerance: float | None = None) -> Report:
     if len(set(names)) < len(names):
         raise Malformed(f"case {Counter(names).most_common(1)[0][0]} is there twice")
     missing = [name for name in golden if name not in names]
-    report = Report(TOLERANCE[dtype] if tolerance is None else tolerance, missing)
+    from safetensors.numpy import load_file  # here: --help needs it not
+
+    report = Report(dtype, TOLERANCE[dtype] if tolerance is None else tolerance, missing)
     vectors = load_file(GOLDEN / f"{dtype}.safetensors")
     order = lambda case: (case["settings"]["exit_layer"] > 0, len(case["prompt"]) > 1)
     sampled = False  # whether a case before was
@@ -322,8 +357,9 @@ def check(trace: dict, tolerance: float | None = None) -> Report:
             except Broken as broken:
                 broken.case, rule = name, broken.rule
                 more = [k for k, n in report.golden.items() if report.compared[k] < n]
+                more = [k for k in more if (k, rule) != ("filters", "1.3")]
                 more += ["logits of plain cases"] * (s["exit_layer"] > 0 and not report.right)
-                if more and rule in ("3.2", "4.2", "4.3", "5.1.2", "5.2", "6.2"):
+                if more and rule in ("1.3", "3.2", "4.2", "4.3", "5.1.2", "5.2", "6.2"):
                     broken.found = f"{broken.found} (nearer the cause: give {', '.join(more)})"
                 if rule == "4.3" and (not sampled or s["seed"] >> 53):
                     broken.found = f"{broken.found} (if logits agree, is g right? 4.4)"

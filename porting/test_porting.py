@@ -445,6 +445,15 @@ class PrefillStopsBeforeTheLastLayer(Decoder):
         self.keys[-1], self.values[-1] = 0, 0
 
 
+class PrefillRunsEveryToken(Decoder):
+    """prefill also runs x_{n-1}"""
+
+    def prefill(self):
+        self.tokens.append(0)
+        super().prefill()
+        self.tokens.pop()
+
+
 class PrefillOnePositionLate(Decoder):
     """prefill's keys and values stand one position late"""
 
@@ -533,6 +542,7 @@ FAULTS = [
     (PrefillStopsBeforeTheLastLayer, "greedy-E3-d4", "6.2", "prefill", 4, 0),
     (PrefillStopsBeforeTheLastLayer, "plain", "6.2", "prefill", 4, 0),
     (PrefillOnePositionLate, "plain", "6.2", "prefill", 0, 1),
+    (PrefillRunsEveryToken, "plain", "6.2", always, None, None),
     (GoesOnAfterEos, "eos-in-accepted-run", "7.1", ends, None, ("a", 0)),
     (IgnoresTheCheckpointsEos, "eos-of-the-checkpoint", "5.1.3", drafts, EXIT, ("n", 2)),
     (IgnoresTheCheckpointsEos, "eos-of-the-checkpoint-plain", "7.1", "after", None, 4),
@@ -716,6 +726,13 @@ MODELS = {  # layer, position of the first wrong row
     UsualEps: (0, 0),
     FinalNormLeftOut: (HEAD, 0),
 }
+PARTS = {  # of section 11, where a trace has keys and values
+    InterleavedPairs: "11.4",
+    HeadsTakeTurns: "11.5",
+    ScoresNotScaled: "11.5",
+    GateAndUpSwapped: "11.3",
+    UsualEps: "11.1",
+}
 
 
 @pytest.mark.parametrize("fault", MODELS)
@@ -735,6 +752,22 @@ def test_a_wrong_model_is_blamed_and_not_prefill_or_the_decoder(fault, shown):
     if shown == "keys" and layer != HEAD:  # a drafted case alone, by its prefill
         broken = checked(run(ports, Decoder, "all-rejected-sampled"))
         assert (broken.rule, broken.layer, broken.position) == ("1.3", layer, position), str(broken)
+        assert f"(see {PARTS[fault]}" in str(broken)
+
+
+class FewBits(Llama):
+    """Rounds the inputs of products to the ten bits of TF32."""
+
+    def linear(self, h, name):
+        few = (h.astype(np.float32).view(np.uint32) & 0xFFFFE000).view(np.float32)
+        return super().linear(few.astype(h.dtype), name)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_products_of_few_bits_are_asked_for(dtype):
+    trace = run({"model": FewBits(golden.GOLDEN / "model", dtype)}, Decoder, "plain")
+    broken = checked(trace | {"dtype": dtype})
+    assert broken.rule == "1.3" and "TF32 or bfloat16" in str(broken)
 
 
 def test_angles_in_float64_are_told_from_a_broken_decoder():
@@ -749,6 +782,23 @@ def test_a_wrong_prefill_is_blamed_by_logits_once_the_model_is_right_row_by_row(
         del case["keys"], case["values"]
     broken = checked(trace)
     assert (broken.case, broken.rule, broken.layer) == ("plain", "6.2", HEAD)
+
+
+@pytest.mark.parametrize("shown", ["keys", "logits", "tokens"])
+@pytest.mark.parametrize("name", ["plain-sampled", "plain", "greedy-E3-d4"])
+def test_a_prefill_that_runs_the_last_token_is_named_without_start(ports, name, shown):
+    trace = run(ports, PrefillRunsEveryToken, name)
+    for kind in ("keys", "values") if shown != "keys" else ():
+        del trace["cases"][0][kind]
+    for r in trace["cases"][0]["rounds"]:
+        del r["start"]
+        if shown == "tokens":
+            r.pop("exit_queries", None)
+            del r["logits"]
+    broken = checked(trace)
+    assert broken.round == 0 and "6.2" in str(broken), str(broken)
+    shows = shown != "tokens" and name != "plain-sampled"  # two rows of one token have equal logits
+    assert broken.rule == ("6.2" if shows else "5.4")
 
 
 @pytest.mark.parametrize("shown", ["keys", "queries", "logits", "tokens"])
@@ -884,6 +934,12 @@ def test_float32_numbers_under_the_name_of_float64_are_refused(name):
         check.check(trace)
 
 
+def test_float32_numbers_that_are_near_enough_or_say_so_are_not_refused(ports):
+    trace = run(numpy_decode.load_golden("float32"), Decoder, "plain")
+    assert check.check(trace, tolerance=1e-4).broken is None
+    assert check.check(trace | {"dtype": "float32"}, tolerance=1e-9).broken.rule != "6.2"
+
+
 def test_a_trace_without_a_dtype_is_held_to_the_tighter_tolerance(ports):
     trace = run(ports, Decoder, "plain")
     del trace["dtype"]
@@ -994,6 +1050,14 @@ def test_the_two_traces_are_written_by_command_and_bad_paths_exit_2(tmp_path):
         ran = script(ROOT / "porting" / name, "--trace", tmp_path / "none" / name)
         assert ran.returncode == 2 and ran.stderr.startswith(f"{name}: ")
         assert ran.stderr.count("\n") == 1
+
+
+def test_help_needs_no_safetensors(tmp_path):
+    (tmp_path / "safetensors.py").write_text("raise ImportError")
+    program = "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv.append('--help')"
+    program += "; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+    ran = script("-c", program, tmp_path, ROOT / "porting" / "check.py")
+    assert ran.returncode == 0 and "TRACE.json" in ran.stdout, ran.stderr
 
 
 def test_checking_and_porting_need_no_torch():
