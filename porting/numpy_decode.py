@@ -9,10 +9,10 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-
-GOLDEN = Path(__file__).parent / "golden"
+from check import GOLDEN, committed
 
 
 def read_tensors(file: Path) -> dict[str, np.ndarray]:
@@ -48,17 +48,25 @@ def keep_likely(logits: np.ndarray, temperature: float, top_k: int, top_p: float
     return x
 
 
-class Llama:
-    """embed, layer and unembed (1.3 and 11), from a checkpoint with Hugging Face's names.
+def scaled(frequency: np.ndarray, rope: dict) -> np.ndarray:
+    """11.4.5: float32 (hd / 2,)."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return frequency
+    share: Any = 0  # of the original frequency
+    if kind == "llama3":
+        turns = rope["original_max_position_embeddings"] / (2 * np.pi / frequency)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        share = ((turns - low) / (high - low)).clip(0, 1)
+    return (1 - share) * frequency / rope["factor"] + share * frequency
 
-    Raises ValueError for scaled rotary positions.
-    """
+
+class Llama:
+    """embed, layer and unembed (1.3 and 11), from a checkpoint with Hugging Face's names."""
 
     def __init__(self, folder: Path, dtype: str):
         c = json.loads((folder / "config.json").read_text())
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ValueError("scaled rotary positions are left to the next port")
         self.n_layers, self.dim = c["num_hidden_layers"], c["hidden_size"]
         self.context, self.eps = c["max_position_embeddings"], c["rms_norm_eps"]
         heads, eos = c["num_attention_heads"], c.get("eos_token_id")
@@ -68,7 +76,7 @@ class Llama:
         self.dtype = np.dtype(dtype)
         theta = np.float32(rope.get("rope_theta", c.get("rope_theta", 10000.0)))
         pairs = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
-        self.frequency = 1 / theta**pairs
+        self.frequency = scaled(1 / theta**pairs, rope)
         files = map(read_tensors, folder.glob("*.safetensors"))
         self.w = {name: x.astype(dtype) for file in files for name, x in file.items()}
         self.w.setdefault("lm_head.weight", self.w["model.embed_tokens.weight"])  # a tied head
@@ -228,7 +236,7 @@ class Decoder:
 
 def load_golden(dtype: str) -> dict[str, Llama]:
     """The golden checkpoints, by the names that cases give them."""
-    return {name: Llama(GOLDEN / name, dtype) for name in ("model", "ties")}
+    return {folder.name: Llama(folder, dtype) for folder in GOLDEN.iterdir() if folder.is_dir()}
 
 
 def trace(models: dict[str, Llama], golden: dict, decoder: type[Decoder] = Decoder) -> dict:
@@ -254,9 +262,8 @@ def main() -> None:
     p.add_argument("--trace", type=Path, metavar="OUT", required=True, help="where to write it")
     p.add_argument("--dtype", choices=["float64", "float32"], default="float64")
     args = p.parse_args()
-    golden = json.loads((GOLDEN / "cases.json").read_text())
     try:
-        args.trace.write_text(json.dumps(trace(load_golden(args.dtype), golden)))
+        args.trace.write_text(json.dumps(trace(load_golden(args.dtype), committed())))
     except OSError as error:
         p.exit(2, f"numpy_decode.py: {error}\n")
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 
 import check
 import golden
@@ -24,7 +25,7 @@ from model import load_checkpoint, save_checkpoint
 
 ROOT = golden.PORTING.parent
 
-COMMITTED = golden.committed()
+COMMITTED = check.committed()
 CASES = {case["name"]: case for case in COMMITTED["cases"]}
 
 
@@ -72,9 +73,12 @@ def test_the_reference_and_the_numpy_port_keep_every_rule(dtype):
 @pytest.mark.parametrize("exact", [False, True])
 def test_generate_gives_the_golden_rounds(exact):
     for dtype in golden.DTYPES.values():
-        models = {n: load_checkpoint(golden.GOLDEN / n, dtype) for n in ("model", "ties")}
+        folders = [folder for folder in golden.GOLDEN.iterdir() if folder.is_dir()]
+        models = {folder.name: load_checkpoint(folder, dtype) for folder in folders}
         for case in CASES.values():
             model, s = models[case.get("model", "model")], case["settings"]
+            if not s["max_new_tokens"]:
+                continue  # generate refuses it
             how = {key: s[key] for key in ("exit_layer", "max_new_tokens", "min_confidence", "eos")}
             how["sampling"] = Sampling(s["temperature"], s["top_k"], s["top_p"], s["seed"])
             how["draft_len"] = max(1, s["draft_len"])
@@ -97,9 +101,10 @@ def test_golden_files_are_written_alike_twice_and_as_committed(aside):
     first = {file.name: file.read_bytes() for file in aside.iterdir() if file.is_file()}
     golden.write()
     assert {name: (aside / name).read_bytes() for name in first} == first
-    assert first["cases.json"] == (check.GOLDEN / "cases.json").read_bytes()
-    for dtype, tolerance in check.TOLERANCE.items():
-        stored, wanted = (load_file(f / f"{dtype}.safetensors") for f in (aside, check.GOLDEN))
+    for part, (dtype, tolerance) in product(check.PARTS, check.TOLERANCE.items()):
+        cases, file = f"{part}cases.json", f"{part}{dtype}.safetensors"
+        assert first[cases] == (check.GOLDEN / cases).read_bytes()
+        stored, wanted = (load_file(folder / file) for folder in (aside, check.GOLDEN))
         assert stored.keys() == wanted.keys()
         assert all(check.error(wanted[key], stored[key]).max() <= tolerance for key in wanted)
 
@@ -119,7 +124,7 @@ def test_drift_is_seen_and_exits_1(aside, monkeypatch, capsys):
         ((case, rounds[:-1], vectors), f"case {case['name']}: rounds are no longer"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(golden, "replay", lambda dtype: [first, *replayed])
+            patch.setattr(golden, "replay", lambda *which: [first, *replayed])
             patch.setattr(sys, "argv", ["golden.py", "--verify"])
             with pytest.raises(SystemExit) as stop:
                 golden.main()
@@ -132,7 +137,7 @@ def test_drift_is_seen_and_exits_1(aside, monkeypatch, capsys):
 def events(case: dict) -> set[str]:
     """What a case shows, in the words of section 7."""
     s, found, n = case["settings"], set(), len(case["prompt"])
-    context = 64 if "model" in case else 96
+    context = 64 if case.get("model") == "ties" else 96
     end, eos = min(n + s["max_new_tokens"], context), [13, 11] if s["eos"] is None else s["eos"]
     for r in case["rounds"]:
         limit, k, a = min(s["draft_len"], end - n - 1), len(r["drafted"]), r["accepted"]
@@ -163,7 +168,8 @@ def test_the_cases_show_every_edge_of_section_7():
     grid = {(e, d) for e in range(1, 5) for d in (1, 2, 4, 8)} | {(0, 0), (3, 15)}
     assert grid <= {(s["exit_layer"], s["draft_len"]) for s in settings}
     assert any(s["seed"] == 2**64 - 1 for s in settings) and any(s["eos"] is None for s in settings)
-    ends = [(len(c["prompt"]), c["rounds"][-1]["length"]) for c in CASES.values()]
+    ends = [(len(c["prompt"]), c["rounds"][-1]["length"]) for c in CASES.values() if c["rounds"]]
+    assert any(s["max_new_tokens"] == 0 for s in settings)
     assert any(prompt < 64 < last for prompt, last in ends)
 
 
@@ -178,14 +184,18 @@ def test_the_ties_are_exact_in_every_type(dtype):
 def test_the_specification_counts_cases_and_filters():
     text = " ".join((ROOT / "porting" / "SPEC.md").read_text().split())
     assert f"{len(CASES)} cases and {len(COMMITTED['filters'])} filters" in text
-    assert f"golden ones for six cases: {', '.join(golden.KEEP_KV.split()[:-1])}" in text
+    kept = golden.KEEP_KV.split()
+    assert f"golden ones for eight cases: {', '.join(kept[:-1])} and {kept[-1]}" in text
 
 
 def test_golden_files_are_small():
     files = [file for file in golden.GOLDEN.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 1.5e6
-    stored = [load_file(golden.GOLDEN / f"{dtype}.safetensors") for dtype in golden.DTYPES]
-    assert set(stored[0]) == set(stored[1])
+    for part in check.PARTS:
+        stored = [
+            load_file(golden.GOLDEN / f"{part}{dtype}.safetensors") for dtype in golden.DTYPES
+        ]
+        assert set(stored[0]) == set(stored[1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -726,13 +736,47 @@ MODELS = {  # layer, position of the first wrong row
     UsualEps: (0, 0),
     FinalNormLeftOut: (HEAD, 0),
 }
-PARTS = {  # of section 11, where a trace has keys and values
+WRONG_PARTS = {  # of section 11, where a trace has keys and values
     InterleavedPairs: "11.4",
     HeadsTakeTurns: "11.5",
     ScoresNotScaled: "11.5",
     GateAndUpSwapped: "11.3",
     UsualEps: "11.1",
 }
+
+
+class PositionsNotScaled(Llama):
+    """scaled rotary positions are not scaled"""
+
+    def __init__(self, folder, dtype):
+        super().__init__(folder, dtype)
+        theta = {"linear": 10000.0, "llama3": 100.0}[folder.name]
+        self.frequency = 1 / theta ** (np.arange(0, 8, 2, dtype=np.float32) / np.float32(8))
+
+
+class EveryPairScaled(PositionsNotScaled):
+    """llama3's scaling divides every pair"""
+
+    def __init__(self, folder, dtype):
+        super().__init__(folder, dtype)
+        self.frequency = self.frequency / 8
+
+
+WRONG_MODELS = *MODELS, AnglesInFloat64, PositionsNotScaled, EveryPairScaled
+
+
+@pytest.mark.parametrize("shown", ["keys", "logits"])
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [(PositionsNotScaled, "linear"), (PositionsNotScaled, "llama3"), (EveryPairScaled, "llama3")],
+)
+def test_a_wrong_scaling_is_named_by_its_step(fault, name, shown):
+    case = f"{name}-plain"
+    trace = run({name: fault(golden.GOLDEN / name, "float64")}, Decoder, case)
+    if shown == "logits":
+        del trace["cases"][0]["keys"], trace["cases"][0]["values"]
+    broken = checked(trace)
+    assert broken.rule == "1.3" and "(see 11.4.5)" in str(broken), str(broken)
 
 
 @pytest.mark.parametrize("fault", MODELS)
@@ -752,7 +796,7 @@ def test_a_wrong_model_is_blamed_and_not_prefill_or_the_decoder(fault, shown):
     if shown == "keys" and layer != HEAD:  # a drafted case alone, by its prefill
         broken = checked(run(ports, Decoder, "all-rejected-sampled"))
         assert (broken.rule, broken.layer, broken.position) == ("1.3", layer, position), str(broken)
-        assert f"(see {PARTS[fault]}" in str(broken)
+        assert f"(see {WRONG_PARTS[fault]}" in str(broken)
 
 
 class FewBits(Llama):
@@ -771,8 +815,8 @@ def test_products_of_few_bits_are_asked_for(dtype):
 
 
 def test_angles_in_float64_are_told_from_a_broken_decoder():
-    ports = {name: AnglesInFloat64(golden.GOLDEN / name, "float64") for name in ("model", "ties")}
-    broken = checked(numpy_decode.trace(ports, COMMITTED))
+    ports = {"model": AnglesInFloat64(golden.GOLDEN / "model", "float64")}
+    broken = checked(run(ports, Decoder, *(n for n, case in CASES.items() if "model" not in case)))
     assert broken.rule == "1.3" and "angles formed in float64" in str(broken)
 
 
@@ -888,7 +932,7 @@ def test_the_readme_lists_the_planted_faults_with_their_rules():
     found = set(re.findall(r"^\| ([a-zS].*) \| ([\d.]+) \|$", text, re.MULTILINE))
     named = {(fault.__doc__, rule) for fault, _, rule, *_ in FAULTS} | set()
     named |= {(fault.__doc__, rule) for fault, rule in FILTERS.items()}
-    assert found == named | {(fault.__doc__, "1.3") for fault in (*MODELS, AnglesInFloat64)}
+    assert found == named | {(fault.__doc__, "1.3") for fault in WRONG_MODELS}
 
 
 # --------------------------------------------------------------------------------------------------
