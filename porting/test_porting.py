@@ -422,7 +422,7 @@ class LateKeys(np.ndarray):
 
     def __setitem__(self, at, keys):
         if at[0] in self.layers:
-            at = (*at[:2], slice(at[2].start + 1, at[2].stop + 1))
+            at = (*at[:2], at[2] + 1)
         super().__setitem__(at, keys)
 
 
@@ -669,18 +669,18 @@ def test_a_wrong_filter_is_named(whole, fault):
 class InterleavedPairs(Llama):
     """rotary pairs are (2i, 2i + 1)"""
 
-    def rotate(self, x, start):
+    def rotate(self, x, positions):
         apart = np.concatenate([x[..., ::2], x[..., 1::2]], -1)
-        halves = super().rotate(apart, start).reshape(*x.shape[:-1], 2, -1)
+        halves = super().rotate(apart, positions).reshape(*x.shape[:-1], 2, -1)
         return halves.swapaxes(-1, -2).reshape(x.shape)
 
 
 class AnglesInFloat64(Llama):
     """rotary angles are formed in float64"""
 
-    def rotate(self, x, start):
+    def rotate(self, x, positions):
         turns = np.arange(self.head_dim // 2) * 2 / self.head_dim
-        angle = np.arange(start, start + len(x))[:, None, None] / 625.0**turns
+        angle = positions[:, None, None] / 625.0**turns
         a, b = np.split(x, 2, -1)
         cos, sin = np.cos(angle), np.sin(angle)
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
