@@ -1,0 +1,171 @@
+"""LayerSkip's round in transformers' own Llama: LlamaForCausalLM with its StaticCache.
+
+    from transformers_round import self_speculate
+    model.generate(**inputs, custom_generate=self_speculate, exit_layer=6, draft_len=8)
+
+One sequence, greedy. Draft and verification share the cache, verification starts from exit queries,
+and no layer runs twice for a token. Numbers are rules of SPEC.md.
+
+    python porting/transformers_round.py DIR --exit 6       speed beside assistant_early_exit
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, StaticCache, logging
+
+Pick = Callable[[Tensor, int], int]  # (logits (V,), position of the token) -> token
+
+
+def greedy(logits: Tensor, position: int) -> int:
+    """4.2"""
+    return int(logits.argmax())
+
+
+def run_layers(
+    model: Any, h: Tensor, first: int, last: int, cache: StaticCache, start: int
+) -> Tensor:
+    """Layers [first, last) on rows h (1, T, dim) at positions from start."""
+    positions = torch.arange(start, start + h.shape[1], device=h.device)
+    seen = torch.arange(cache.layers[0].max_cache_len, device=h.device) <= positions[:, None]
+    mask = torch.zeros(seen.shape, dtype=h.dtype, device=h.device)
+    mask = mask.masked_fill(~seen, torch.finfo(h.dtype).min)[None, None]  # (1, 1, T, S): 3.3
+    angles = model.model.rotary_emb(h, positions[None])
+    for layer, store in zip(model.model.layers[first:last], cache.layers[first:last]):
+        store.cumulative_length.fill_(start)  # where it writes; what lies behind is dead
+        h = layer(h, attention_mask=mask, past_key_values=cache, position_embeddings=angles)
+    return h
+
+
+def unembed(model: Any, h: Tensor) -> Tensor:
+    """Logits (T, V) of rows h (1, T, dim)."""
+    return model.lm_head(model.model.norm(h))[0]
+
+
+@torch.inference_mode()
+def rounds(
+    model: Any,
+    tokens: list[int],
+    end: int,
+    exit_layer: int,
+    draft_len: int,
+    min_confidence: float = 0.0,
+    eos: Collection[int] = (),
+    pick: Pick = greedy,
+) -> Iterator[dict]:
+    """Decodes after `tokens` up to `end` of them; yields rounds as in 10.2, with tensors."""
+    device, layers = model.device, model.config.num_hidden_layers
+    cache = StaticCache(config=model.config, max_cache_len=max(end - 1, 1))
+    embed = lambda ids: model.model.embed_tokens(torch.tensor([ids], device=device))
+    tokens, length = list(tokens), len(tokens) - 1
+    if length:
+        run_layers(model, embed(tokens[:-1]), 0, layers, cache, 0)  # 6.2
+    while len(tokens) < end:
+        n, queries, drafted = len(tokens), [embed(tokens[-1:])], list[int]()
+        limit = min(draft_len, end - n - 1) if exit_layer else 0  # 5.0
+        while exit_layer:  # 5.1
+            row = len(drafted)
+            queries[row] = run_layers(model, queries[row], 0, exit_layer, cache, length + row)
+            if row == limit or (drafted and drafted[-1] in eos):
+                break
+            logits = unembed(model, queries[row])[0]
+            if min_confidence > 0 and logits.float().softmax(-1).max() <= min_confidence:
+                break
+            drafted.append(pick(logits, n + row))
+            queries.append(embed(drafted[-1:]))
+        query = torch.cat(queries, 1)  # (1, k + 1, dim)
+        logits = unembed(model, run_layers(model, query, exit_layer, layers, cache, length))  # 5.2
+        emitted: list[int] = []
+        for row, foreseen in enumerate([*drafted, None]):  # 5.3
+            emitted.append(pick(logits[row], n + row))
+            if emitted[-1] != foreseen or emitted[-1] in eos:
+                break
+        accepted = sum(a == b for a, b in zip(drafted, emitted))
+        r = dict(drafted=drafted, accepted=accepted, emitted=emitted, start=length)
+        length += len(emitted)  # 5.4
+        tokens += emitted
+        yield r | dict(length=length, exit_queries=query[0], logits=logits, cache=cache)
+        if emitted[-1] in eos:
+            return
+
+
+def self_speculate(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any = (),
+    stopping_criteria: Any = (),
+    generation_config: Any = None,
+    exit_layer: int = 0,
+    draft_len: int = 8,
+    min_confidence: float = 0.0,
+    **unused: Any,
+) -> Tensor:
+    """For generate(..., custom_generate=self_speculate, exit_layer=E). Returns ids (1, n).
+
+    Raises ValueError for more than one sequence, padding, sampling or logits processors.
+    """
+    c, mask, layers = (
+        generation_config,
+        unused.get("attention_mask"),
+        model.config.num_hidden_layers,
+    )
+    if len(input_ids) > 1 or c.do_sample or len(logits_processor):
+        raise ValueError("one sequence, greedy, without logits processors")
+    if mask is not None and not mask.all():
+        raise ValueError("a padded prompt is not supported")
+    if not 0 < exit_layer < layers:
+        raise ValueError(f"exit_layer must be from 1 to {layers - 1}, not {exit_layer}")
+    one = c.eos_token_id
+    eos = one if isinstance(one, list) else [] if one is None else [one]
+    tokens, end = input_ids[0].tolist(), min(c.max_length, model.config.max_position_embeddings)
+    for r in rounds(model, tokens, end, exit_layer, draft_len, min_confidence, eos):
+        tokens = tokens + r["emitted"]
+        ids = input_ids.new_tensor([tokens])
+        if any(criterion(ids, None).all() for criterion in stopping_criteria):
+            break
+    return input_ids.new_tensor([tokens])
+
+
+def compare(model: Any, exit_layer: int, draft_len: int, count: int, prompts: int) -> None:
+    """Tokens/s of transformers and of this round, in turns, on texts that the model began."""
+    torch.manual_seed(0)
+    start = torch.tensor([[model.config.bos_token_id or 0]])
+    theirs = dict(assistant_early_exit=exit_layer, num_assistant_tokens=draft_len)
+    theirs["num_assistant_tokens_schedule"] = "constant"
+    ours = dict(custom_generate=self_speculate, exit_layer=exit_layer, draft_len=draft_len)
+    ways = {"plain": {}, "assistant_early_exit": theirs, "self_speculate": ours}
+    seconds, made, same = (dict.fromkeys(ways, 0.0) for _ in range(3))
+    for number in range(prompts + 1):  # the first warms up
+        ids, plain = model.generate(start, do_sample=True, max_new_tokens=32), None
+        for name, how in ways.items():
+            began = time.perf_counter()
+            out = model.generate(ids, do_sample=False, max_new_tokens=count, **how)
+            plain = out if plain is None else plain
+            if number:
+                seconds[name] += time.perf_counter() - began
+                made[name] += out.shape[1] - ids.shape[1]
+                same[name] += torch.equal(out, plain)
+    for name in ways:
+        speed = made[name] / seconds[name]
+        print(f"{name:21} {speed:6.1f} tokens/s, plain text {same[name]:.0f} of {prompts}")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(prog="transformers_round.py", description=compare.__doc__)
+    p.add_argument("ckpt", type=Path, metavar="DIR", help="a Llama as transformers reads it")
+    for name, default in (("exit", 6), ("draft", 8), ("tokens", 128), ("prompts", 3)):
+        p.add_argument(f"--{name}", type=int, default=default, help="%(default)s")
+    args = p.parse_args()
+    logging.set_verbosity_error()
+    model = LlamaForCausalLM.from_pretrained(args.ckpt, dtype=torch.float32).eval()
+    model.generation_config.pad_token_id = 0
+    compare(model, args.exit, args.draft, args.tokens, args.prompts)
+
+
+if __name__ == "__main__":
+    main()
