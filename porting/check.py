@@ -214,8 +214,9 @@ class Case:
         hint = self.asks if rule in ("5.1.2", "5.2") else ""
         hint = " (as near as with angles formed in float64: 11.4)" if near else hint
         rule = "1.3" if near else rule
-        text, error_ = f"{found[at]:.9g}{hint}", float(off.max())
-        raise Broken(rule, expected, text, *where, row=found, error=error_)
+        broken = Broken(rule, expected, f"{found[at]:.9g}{hint}", *where)
+        broken.row, broken.error = found, float(off.max())
+        raise broken
 
     def walk(self) -> None:
         """All rounds, and what is live between them."""
@@ -365,19 +366,19 @@ class Case:
                     if undrafted and found.any() and not near:
                         broken.rule = "1.3"
             if wrong:
-                first, both = wrong[0], len(wrong) == 2
-                if not both:
-                    keys = "11.5: k_proj" if position == 0 else "11.4"
-                    keys = "11.4.5" if "model" in self.golden else keys
-                    first.part = keys if "keys" in str(first.expected) else "11.5: v_proj"
-                elif layer == 0:
-                    first.part = "11.1, 11.2"
+                worst = wrong[0]
+                if len(wrong) == 2:
+                    worst.part = "11.5, 11.4" if position else "11.3, 11.1; 11.5: o_proj"
+                    worst.part = worst.part if layer else "11.1, 11.2"
+                    if layer and worst.rule == "1.3":
+                        worst.layer = layer - 1
+                        worst.expected = f"{worst.expected} of layer {layer}"
+                elif "values" in str(worst.expected):
+                    worst.part = "11.5: v_proj"
                 else:
-                    first.part = "11.5, 11.4" if position else "11.3, 11.1; 11.5: o_proj"
-                if both and layer and first.rule == "1.3":
-                    first.layer = layer - 1
-                    first.expected = f"{first.expected} of layer {layer}"
-                raise first
+                    worst.part = "11.4.5" if "model" in self.golden else "11.4"
+                    worst.part = worst.part if position else "11.5: k_proj"
+                raise worst
 
 
 def check(trace: dict, tolerance: float | None = None) -> Report:
@@ -495,9 +496,9 @@ class Batch:
         if self.lane.setdefault(name, lane) != lane:
             self.broken("12.10", e, f"lane {self.lane[name]}", lane)
 
-    def broken(self, rule: str, e: dict, expected: object, found: object, *where: int) -> None:
+    def broken(self, rule: str, e: dict, expected: Any, found: Any, at: int | None = None) -> None:
         """Raises Broken."""
-        broken = Broken(rule, expected, found, self.cases[e["sequence"]].number, None, *where)
+        broken = Broken(rule, expected, found, self.cases[e["sequence"]].number, None, at)
         self.name(broken, e["sequence"])
         raise broken
 

@@ -138,8 +138,8 @@ class Llama:
             cache.keys[l, :, slots] = self.rotate(k, positions)
             cache.values[l, :, slots] = v
             keys, values = (x[l, :, : unseen.shape[1]] for x in (cache.keys, cache.values))
-            q = self.rotate(q, positions).reshape(len(h), self.kv_heads, -1, self.head_dim)  # 11.5
-            score = np.einsum("tkgd,ksd->tkgs", q, keys) * self.head_dim**-0.5
+            shared = self.rotate(q, positions).reshape(len(h), self.kv_heads, -1, self.head_dim)
+            score = np.einsum("tkgd,ksd->tkgs", shared, keys) * self.head_dim**-0.5  # 11.5
             score = np.where(unseen[:, None, None], -np.inf, score)
             mixed = np.einsum("tkgs,ksd->tkgd", softmax(score), values).reshape(len(h), -1)
             h = h + self.linear(mixed, f"{at}.self_attn.o_proj")
