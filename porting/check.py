@@ -3,22 +3,25 @@
     python porting/check.py TRACE.json    exit code 0: no rule is broken; 1: one is; 2: not a trace
 
 It needs NumPy and safetensors alone. SPEC.md, section 10, has the format of traces. Filters come
-first, then plain cases, then the others in the trace's order.
+first, then plain cases, then the others in the trace's order, then batches (SERVING.md, 20).
 """
 
 import argparse
 import json
 from collections import Counter
+from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
+PARTS = ("", "more-")  # of golden/: the cases and vectors of each are in files of their own
 TOLERANCE = {"float64": 1e-6, "float32": 2e-5}  # of the largest number of a row, or of 1: 10.5
 ANGLES = 1e-5  # float64 vectors that are off by less have another model, not another decoder
+PRECISE, ROUGH = 5e-5, 2e-2  # between them errors look like products of few bits
 HEAD, EXIT = "the head", "the head after layer E-1"  # places beside the layers
 
 RULES = {
@@ -45,6 +48,22 @@ RULES = {
     "7.4": "the text ends where the context is full, and not before",
     "7.5": "plain decoding drafts nothing",
 }
+BATCH_RULES = {  # of SERVING.md
+    "12.1": "a sequence gives the rounds that it gives alone",
+    "12.2": "a token's noise comes from its sequence's seed and its own position",
+    "12.3": "temperature, top k and top p are the sequence's own",
+    "12.4": "d and limit are the sequence's own",
+    "12.5": "the confidence threshold is the sequence's own",
+    "12.6": "EOS ids are the sequence's own",
+    "12.7": "rows go back to the sequence that they came from",
+    "12.8": "a row has its own position, and sees its own sequence alone",
+    "12.9": "accepted tokens and length are the sequence's own",
+    "12.10": "a sequence leaves its lane with its last round, and the next one keeps nothing of it",
+    "13.1": "a slot belongs to one position of one sequence",
+    "13.2": "slots for limit + 1 rows are reserved before drafting",
+    "13.3": "a live position keeps its slot",
+    "13.4": "slots are free after their sequence's last round, not before",
+}
 
 
 class Malformed(ValueError):
@@ -62,6 +81,9 @@ class Broken(Exception):
     layer: int | str | None = None
     position: int | None = None
     case: str | None = None
+    row: np.ndarray | None = None  # what was found, where rows of numbers differ
+    error: float = 0.0  # of the largest number of the row
+    part: str = ""  # of section 11, where rule 1.3 is broken
 
     def __str__(self):
         places = [
@@ -69,8 +91,14 @@ class Broken(Exception):
             for name in ("case", "round", "layer", "position")
             if (at := getattr(self, name)) is not None
         ]
-        text = f"{', '.join(places) or 'filters'}: rule {self.rule} is broken ({RULES[self.rule]})"
-        return f"{text}: expected {self.expected}, found {self.found}"
+        rule = {**RULES, **BATCH_RULES}[self.rule]
+        text = f"{', '.join(places) or 'filters'}: rule {self.rule} is broken ({rule})"
+        text += f": expected {self.expected}, found {self.found}"
+        if self.rule == "1.3" and self.part:
+            text += f" (see {self.part})"
+        if self.rule == "1.3" and PRECISE < self.error < ROUGH:
+            text += " (as near as products in TF32 or bfloat16: 8.6)"
+        return text
 
 
 @dataclass
@@ -80,11 +108,13 @@ class Report:
     Counts arrays by name: golden ones, those of them in the trace, and what is not compared.
     """
 
+    dtype: str
     tolerance: float
     missing: list[str]  # golden cases that the trace lacks
     broken: Broken | None = None
     cases: int = 0
     rounds: int = 0
+    batches: int = 0
     golden: Counter = field(default_factory=Counter)
     compared: Counter = field(default_factory=Counter)
     unused: Counter = field(default_factory=Counter)
@@ -96,8 +126,11 @@ class Report:
         whole = not self.missing and self.compared == self.golden
         text = "every rule holds" if whole else "no rule is broken, as far as the trace goes"
         text += f": {self.cases} of {self.cases + len(self.missing)} cases, {self.rounds} rounds"
+        text += f", {self.batches} batches" * (self.batches > 0)
         text += "; compared: tokens, lengths"
         text += "".join(f", {self.compared[k]} of {n} {k}" for k, n in self.golden.items())
+        if not self.compared.keys() - {"layer_runs", "filters"}:
+            text += "; tokens alone do not show low precision, wrong padding or dead rows made live"
         if self.unused:
             text += "; given, but without golden ones: "
             text += ", ".join(f"{times} {kind}" for kind, times in self.unused.items())
@@ -105,6 +138,13 @@ class Report:
             more = f" and {len(self.missing) - 3} more" * (len(self.missing) > 3)
             text += f"; cases not given: {', '.join(self.missing[:3])}{more}"
         return text
+
+
+def committed(folder: Path = GOLDEN, parts: Iterable[str] = PARTS) -> dict[str, list]:
+    """Cases, filters and batches of golden/."""
+    found = [json.loads((folder / f"{part}cases.json").read_text()) for part in parts]
+    keys = ("cases", "filters", "batches")
+    return {key: [x for part in found for x in part.get(key, [])] for key in keys}
 
 
 def error(golden: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -122,14 +162,17 @@ class Case:
     def __init__(self, traced: dict, golden: dict, vectors: dict, report: Report):
         self.traced, self.golden, self.report = traced, golden, report
         self.name, self.s, self.tokens = golden["name"], golden["settings"], golden["prompt"]
-        c = json.loads((GOLDEN / golden.get("model", "model") / "config.json").read_text())
+        self.folder = GOLDEN / golden.get("model", "model")
+        c = json.loads((self.folder / "config.json").read_text())
         self.layers, context = c["num_hidden_layers"], c["max_position_embeddings"]
+        self.eps = c["rms_norm_eps"]
         self.eos = c["eos_token_id"] if self.s["eos"] is None else self.s["eos"]
         self.end = min(len(self.tokens) + self.s["max_new_tokens"], context)
         self.cap = "7.4" if self.end == context else "7.3"
         self.choice = "4.3" if self.s["temperature"] else "4.2"
         self.asks = ""  # where to look if the next queries or logits are wrong
         self.row = 0  # of the golden vectors: the first of this round
+        self.number = 0  # of this round
         kinds = ("exit_queries", "logits", "keys", "values")
         self.vectors: Any = {kind: vectors.get(f"{self.name}.{kind}") for kind in kinds}
         found = {kind: self.array(traced, kind, 2) for kind in ("keys", "values")}
@@ -161,42 +204,69 @@ class Case:
     def compare(self, rule: str, what: str, golden: Any, found: Any, *where: Any) -> None:
         """Raises Broken where vectors differ; Malformed for float32 numbers called float64."""
         off = error(golden, found)
-        near = off.max() < ANGLES and self.report.tolerance < ANGLES
+        if not off.max() > self.report.tolerance:
+            return
+        near = self.report.dtype == "float64" and off.max() < ANGLES
         if near and found.size > 8 and (found == np.float32(found)).all():
             raise Malformed(f"case {self.name}: {what} has float32 numbers: say so in dtype")
-        if off.max() > self.report.tolerance:
-            at = np.unravel_index(off.argmax(), off.shape)
-            expected = f"{golden[at]:.9g} in {what} at {[int(i) for i in at]}"
-            hint = self.asks if rule in ("5.1.2", "5.2") else ""
-            hint = " (as near as with angles formed in float64: 11.4)" if near else hint
-            raise Broken("1.3" if near else rule, expected, f"{found[at]:.9g}{hint}", *where)
+        at = np.unravel_index(off.argmax(), off.shape)
+        expected = f"{golden[at]:.9g} in {what} at {[int(i) for i in at]}"
+        hint = self.asks if rule in ("5.1.2", "5.2") else ""
+        hint = " (as near as with angles formed in float64: 11.4)" if near else hint
+        rule = "1.3" if near else rule
+        broken = Broken(rule, expected, f"{found[at]:.9g}{hint}", *where)
+        broken.row, broken.error = found, float(off.max())
+        raise broken
 
     def walk(self) -> None:
         """All rounds, and what is live between them."""
         self.kept(0, len(self.tokens) - 1, "6.2", None)
-        rounds, want, drafts = self.traced["rounds"], self.golden["rounds"], self.s["exit_layer"]
-        for number, (r, g) in enumerate(zip(rounds, want)):
-            n = len(self.tokens)
-            if r.get("start", n - 1) != n - 1:
-                raise Broken("3.1" if number else "6.2", n - 1, r["start"], number)
+        for r in self.traced["rounds"]:
+            self.step(r)
+        self.finish()
+
+    def step(self, r: dict) -> None:
+        """The next round."""
+        n, drafts, g = len(self.tokens), self.s["exit_layer"], self.now
+        number = self.number
+        if g is None:
+            rule = "7.1" if self.tokens[-1] in self.eos else self.cap
+            raise Broken(rule, "the end of the text", "another round", number, None, n)
+        if r.get("start", n - 1) != n - 1:
+            raise Broken("3.1" if number else "6.2", n - 1, r["start"], number)
+        try:
             self.draft(number, r, g, n)
             if not drafts and r["length"] == g["length"]:  # else 5.4 is the cause
                 self.kept(n - 1, n, "3.2", number)
             self.verify(number, r, g, n)
             self.accept(number, r, g, n)
-            if r["length"] != g["length"]:
-                raise Broken("5.4", g["length"], r["length"], number)
-            if drafts:
-                self.kept(n - 1, g["length"], "3.2", number)
-            if g["accepted"] < len(g["drafted"]):
-                self.asks = " (after a rejection, is each key at its own position? 5.4, 3.2)"
-            self.tokens, self.row = self.tokens + r["emitted"], self.row + len(g["drafted"]) + 1
-            self.report.rounds += 1
-        if len(rounds) != len(want):
-            late = len(rounds) > len(want)
-            expected, found = ("the end of the text", "another round")[:: 1 if late else -1]
-            rule = "7.1" if late and self.tokens[-1] in self.eos else self.cap
-            raise Broken(rule, expected, found, min(len(rounds), len(want)), None, len(self.tokens))
+        except Broken as broken:
+            ahead = r["length"] - len(r["emitted"]) - (n - 1)
+            if number == 0 and ahead > 0 and broken.rule in ("1.3", "4.2", "4.3", "5.1.2"):
+                broken.rule, broken.found = "6.2", f"{broken.found}, length {ahead} ahead"
+            raise
+        if r["length"] != g["length"]:
+            ask = " (is length n - 1 after prefill? 6.2)" * (number == 0 and "start" not in r)
+            raise Broken("5.4", g["length"], f"{r['length']}{ask}", number)
+        if drafts:
+            self.kept(n - 1, g["length"], "3.2", number)
+        if g["accepted"] < len(g["drafted"]):
+            self.asks = " (after a rejection, is each key at its own position? 5.4, 3.2)"
+        self.tokens, self.row = self.tokens + r["emitted"], self.row + len(g["drafted"]) + 1
+        self.number += 1
+        self.report.rounds += 1
+
+    @property
+    def now(self) -> dict | None:
+        """The golden round that comes next, if any."""
+        rounds = self.golden["rounds"]
+        return rounds[self.number] if self.number < len(rounds) else None
+
+    def finish(self) -> None:
+        """After the last round of the trace."""
+        if self.now:
+            end = "the end of the text"
+            raise Broken(self.cap, "another round", end, self.number, None, len(self.tokens))
 
     def draft(self, number: int, r: dict, g: dict, n: int) -> None:
         """5.0 and 5.1, row by row."""
@@ -241,14 +311,22 @@ class Case:
             return
         if not len(g["emitted"]) <= len(logits) <= rows:
             raise Broken("5.2", f"logits of {rows} rows", len(logits), number, HEAD)
-        rows_right = "plain-sampled" in self.report.right and not self.stored
+        rows_right = "plain-sampled" in self.report.right and "model" not in self.golden
         rule = "5.2" if e else "6.2" if rows_right and number == 0 < n - 1 else "1.3"
         several = 1 < rows and self.row == number and "exit_queries" in r and self.report.right
         for i, row in enumerate(logits):
             if several:
                 self.asks = " (does row i see rows after it?)" * (i == 0)
             golden = self.vectors["logits"][self.row + i]
-            self.compare(rule, f"logits_{i}", golden, row, number, HEAD, n - 1 + i)
+            try:
+                self.compare(rule, f"logits_{i}", golden, row, number, HEAD, n - 1 + i)
+            except Broken as broken:
+                if self.stored:  # then the keys and values of every layer are right
+                    broken.part = "11.6, or 11.3 in the last layer"
+                    broken.part += "; or does prefill run x_{n-1} too, 6.2?" * (number == 0)
+                if "model" in self.golden:
+                    broken.part = "11.4.5"  # the other plain cases come before
+                raise
 
     def accept(self, number: int, r: dict, g: dict, n: int) -> None:
         """3.4, 4, 5.3 and 7.1, token by token."""
@@ -288,53 +366,167 @@ class Case:
                     if undrafted and found.any() and not near:
                         broken.rule = "1.3"
             if wrong:
-                if len(wrong) == 2 and layer and wrong[0].rule == "1.3":
-                    wrong[0].layer = layer - 1
-                    wrong[0].expected = f"{wrong[0].expected} of layer {layer}"
-                raise wrong[0]
+                worst = wrong[0]
+                if len(wrong) == 2:
+                    worst.part = "11.5, 11.4" if position else "11.3, 11.1; 11.5: o_proj"
+                    worst.part = worst.part if layer else "11.1, 11.2"
+                    if layer and worst.rule == "1.3":
+                        worst.layer = layer - 1
+                        worst.expected = f"{worst.expected} of layer {layer}"
+                elif "values" in str(worst.expected):
+                    worst.part = "11.5: v_proj"
+                else:
+                    worst.part = "11.4.5" if "model" in self.golden else "11.4"
+                    worst.part = worst.part if position else "11.5: k_proj"
+                raise worst
 
 
 def check(trace: dict, tolerance: float | None = None) -> Report:
     """Holds a trace against the golden vectors. Raises Malformed."""
     if not isinstance(trace, dict) or trace.get("format") != "layerskip-trace-1":
         raise Malformed('the trace is not a JSON object with "format": "layerskip-trace-1"')
-    dtype, cases = trace.get("dtype", "float64"), trace.get("cases")
+    dtype, batches = trace.get("dtype", "float64"), trace.get("batches", [])
+    cases = trace.get("cases", [] if batches else None)
     if dtype not in [*TOLERANCE]:
         raise Malformed(f"dtype is {dtype!r:.40}, not float64 or float32")
-    if not isinstance(cases, list) or not cases:
+    if not isinstance(cases, list) or (not cases and not batches):
         raise Malformed('"cases" is not a list of cases')
-    committed = json.loads((GOLDEN / "cases.json").read_text())
-    golden = {case["name"]: case for case in committed["cases"]}
+    wanted = committed()
+    golden = {case["name"]: case for case in wanted["cases"]}
     names = [well_formed(case, golden) for case in cases]
     if len(set(names)) < len(names):
         raise Malformed(f"case {Counter(names).most_common(1)[0][0]} is there twice")
     missing = [name for name in golden if name not in names]
-    report = Report(TOLERANCE[dtype] if tolerance is None else tolerance, missing)
-    vectors = load_file(GOLDEN / f"{dtype}.safetensors")
-    order = lambda case: (case["settings"]["exit_layer"] > 0, len(case["prompt"]) > 1)
-    sampled = False  # whether a case before was
+    grouped = well_formed_batches(batches, wanted["batches"], golden)
+    from safetensors.numpy import load_file  # here: --help needs it not
+
+    report = Report(dtype, TOLERANCE[dtype] if tolerance is None else tolerance, missing)
+    vectors: dict = {}
+    for part in PARTS:
+        vectors |= load_file(GOLDEN / f"{part}{dtype}.safetensors")
     try:
-        check_filters(trace.get("filters"), committed["filters"], report)
-        for case in sorted(cases, key=order):
-            name, s, before = case["name"], case["settings"], report.compared["logits"]
-            try:
-                Case(case, golden[name], vectors, report).walk()
-            except Broken as broken:
-                broken.case, rule = name, broken.rule
-                more = [k for k, n in report.golden.items() if report.compared[k] < n]
-                more += ["logits of plain cases"] * (s["exit_layer"] > 0 and not report.right)
-                if more and rule in ("3.2", "4.2", "4.3", "5.1.2", "5.2", "6.2"):
-                    broken.found = f"{broken.found} (nearer the cause: give {', '.join(more)})"
-                if rule == "4.3" and (not sampled or s["seed"] >> 53):
-                    broken.found = f"{broken.found} (if logits agree, is g right? 4.4)"
-                raise
-            report.cases += 1
-            sampled |= s["temperature"] > 0
-            if not s["exit_layer"] and report.compared["logits"] > before:
-                report.right.add(name)
+        check_filters(trace.get("filters"), wanted["filters"], report)
+        check_cases(cases, golden, vectors, report)
+        rows = {k: x for k, x in vectors.items() if k.endswith(("logits", "exit_queries"))}
+        for traced, group in grouped:
+            sequences = {n: Case({}, golden[n], rows, report) for n in group["sequences"]}
+            Batch(traced, group, sequences).walk()
+            report.batches += 1
     except Broken as broken:
         report.broken = broken
     return report
+
+
+def check_cases(cases: list[dict], golden: dict, vectors: dict, report: Report) -> None:
+    """Plain cases come first. Raises Broken."""
+    order = lambda case: (case["settings"]["exit_layer"] > 0, len(case["prompt"]) > 1)
+    sampled = False  # whether a case before was
+    for case in sorted(cases, key=order):
+        name, s, before = case["name"], case["settings"], report.compared["logits"]
+        try:
+            Case(case, golden[name], vectors, report).walk()
+        except Broken as broken:
+            broken.case, rule = name, broken.rule
+            more = [k for k, n in report.golden.items() if report.compared[k] < n]
+            more = [k for k in more if (k, rule) != ("filters", "1.3")]
+            more += ["logits of plain cases"] * (s["exit_layer"] > 0 and not report.right)
+            if more and rule in ("1.3", "3.2", "4.2", "4.3", "5.1.2", "5.2", "6.2"):
+                broken.found = f"{broken.found} (nearer the cause: give {', '.join(more)})"
+            if rule == "4.3" and (not sampled or s["seed"] >> 53):
+                broken.found = f"{broken.found} (if logits agree, is g right? 4.4)"
+            raise
+        report.cases += 1
+        sampled |= s["temperature"] > 0
+        if not s["exit_layer"] and report.compared["logits"] > before:
+            report.right.add(name)
+
+
+class Batch:
+    """One traced batch: its sequences beside their golden cases, their lanes and slots."""
+
+    def __init__(self, traced: dict, wanted: dict, cases: dict[str, Case]):
+        self.traced, self.wanted, self.cases = traced, wanted, cases
+        self.lane: dict[str, int] = {}  # of each sequence that has joined
+        self.before: dict[str, Case | None] = {}  # who had that lane before it
+        self.tables: dict[str, list[int]] = {}  # live slots of the sequences that have not ended
+
+    def walk(self) -> None:
+        """All steps."""
+        for step in self.traced["steps"]:
+            for e in step:
+                self.place(e)
+            for e in step:
+                self.slots(e, step)
+            now = {e["sequence"]: copy(self.cases[e["sequence"]]) for e in step}
+            for e in step:
+                name = e["sequence"]
+                try:
+                    self.cases[name].step(e)
+                except Broken as broken:
+                    from mixups import mixup  # beside this file
+
+                    own = now.pop(name)
+                    rule, says = mixup(broken, e, own, [*now.values()], self.before[name])
+                    broken.rule, broken.found = rule, f"{broken.found}{says}"
+                    self.name(broken, name)
+                    raise
+                case = self.cases[name]
+                self.tables[name] = e.get("slots", [])[: e["length"] if case.now else 0]
+        for name, case in self.cases.items():
+            try:
+                case.finish()
+            except Broken as broken:
+                last, others = case.tokens[-1], self.cases.values()
+                broken.rule = "12.6" if any(last in o.eos for o in others) else "12.1"
+                self.name(broken, name)
+                raise
+
+    def name(self, broken: Broken, sequence: str) -> None:
+        """Says where: the rounds are those of the sequence."""
+        broken.case = f"{self.wanted['name']}, sequence {sequence}"
+
+    def place(self, e: dict) -> None:
+        """12.10: nobody else is in the lane, and the sequence has not been in another."""
+        name, lane = e["sequence"], e["lane"]
+        there = [other for other in self.lane if self.lane[other] == lane and other != name]
+        if name not in self.lane:
+            self.before[name] = self.cases[there[-1]] if there else None
+        if any(self.cases[other].now for other in there):
+            self.broken("12.10", e, f"lane {lane} is free", f"{there[-1]} in it")
+        if self.lane.setdefault(name, lane) != lane:
+            self.broken("12.10", e, f"lane {self.lane[name]}", lane)
+
+    def broken(self, rule: str, e: dict, expected: Any, found: Any, at: int | None = None) -> None:
+        """Raises Broken."""
+        broken = Broken(rule, expected, found, self.cases[e["sequence"]].number, None, at)
+        self.name(broken, e["sequence"])
+        raise broken
+
+    def slots(self, e: dict, step: list[dict]) -> None:
+        """13.1 to 13.4."""
+        if "slots" not in e:
+            return
+        own, table, count = self.cases[e["sequence"]], e["slots"], self.wanted["slots"]
+        known = self.tables.get(own.name, [])
+        rows = len(own.tokens) + len(e["drafted"])
+        if len(table) < rows:
+            self.broken("13.2", e, f"slots for {rows} rows", len(table))
+        if len(set(table)) < len(table) or not all(0 <= slot < count for slot in table):
+            self.broken("13.1", e, f"different slots below {count}", table)
+        for p, (before, slot) in enumerate(zip(known, table)):
+            if slot != before:
+                self.broken("13.3", e, f"slot {before}", slot, p)
+        now = {x["sequence"]: x["slots"] for x in step if "slots" in x}
+        for name, other in (self.tables | now).items():
+            case = self.cases[name]
+            for q, p in ((q, table.index(slot)) for q, slot in enumerate(other) if slot in table):
+                live = p == q < min(len(own.tokens), len(case.tokens)) - 1
+                if name == own.name or (live and own.tokens[: p + 1] == case.tokens[: p + 1]):
+                    continue
+                kept = q < len(self.tables.get(name, []))  # live since the step before, or longer
+                text = f"slot {table[p]}, of position {q} of {name}"
+                if kept or p >= len(known):
+                    self.broken("13.4" if kept else "13.1", e, "a free slot", text, p)
 
 
 def check_filters(given: Any, golden: list[dict], report: Report) -> None:
@@ -374,6 +566,35 @@ def well_formed(case: Any, golden: dict[str, dict]) -> str:
             if not whole_numbers(value if key in ("drafted", "emitted") else [value]):
                 raise Malformed(f"case {name}, round {number}: {key} is not made of whole numbers")
     return name
+
+
+def well_formed_batches(
+    batches: Any, wanted: list[dict], golden: dict[str, dict]
+) -> list[tuple[dict, dict]]:
+    """The batches of a trace beside the golden ones. Raises Malformed."""
+    names = {group["name"]: group for group in wanted}
+    if not isinstance(batches, list) or not all(isinstance(b, dict) for b in batches):
+        raise Malformed("batches is not a list of batches")
+    for b in batches:
+        group, steps = names.get(str(b.get("name"))), b.get("steps")
+        if group is None or not isinstance(steps, list):
+            raise Malformed(f"not a batch with a name of more-cases.json: {json.dumps(b)[:60]}")
+        for number, step in enumerate(steps):
+            at, seen = f"batch {group['name']}, step {number}", []
+            if not isinstance(step, list) or not all(isinstance(e, dict) for e in step):
+                raise Malformed(f"{at} is not a list of rounds")
+            for e in step:
+                name, lane = e.get("sequence"), e.get("lane")
+                if name not in group["sequences"] or type(lane) is not int:
+                    raise Malformed(f"{at}: {name!r:.40} in lane {lane!r:.40}")
+                if not 0 <= lane < group["lanes"] or not whole_numbers(e.get("slots", [])):
+                    raise Malformed(f"{at}: lane {lane} or its slots")
+                case = {key: golden[name][key] for key in ("name", "prompt", "settings")}
+                well_formed(case | {"rounds": [e]}, golden)
+                seen += [name, lane]
+            if len(set(seen)) < len(seen):
+                raise Malformed(f"{at} has a lane or a sequence twice")
+    return [(b, names[b["name"]]) for b in batches]
 
 
 def main() -> None:

@@ -4,7 +4,8 @@
     python porting/golden.py --verify                 exit code 1 if the reference gives others now
     python porting/golden.py --trace OUT [--dtype T]  the reference's own trace, for check.py
 
-Given are the two checkpoints in golden/, and the names, prompts and settings of cases and filters.
+Given are the checkpoints in golden/, the names, prompts and settings of cases and filters, and the
+batches.
 Other machines sum in other orders, so vectors are compared within a tolerance, and tokens exactly.
 That is sound because no choice is close: a case in which a token, a filter or a confidence stop
 hangs on less than MARGIN is refused. So float32 and float64 have the same tokens. Exact ties are in
@@ -27,7 +28,7 @@ from torch import Tensor
 PORTING = Path(__file__).parent
 sys.path.insert(0, str(PORTING.parent))
 
-from check import GOLDEN, TOLERANCE, error
+from check import GOLDEN, PARTS, TOLERANCE, committed, error
 
 from decode import Sampling, accept, draft, gumbel, keep_likely, new_cache, next_token, verify
 from model import Llama, load_checkpoint, prefill
@@ -37,6 +38,7 @@ from support.console import command_errors
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 MARGIN = 0.02  # in logits, and a tenth of it in probability
 KEEP_KV = "plain plain-sampled prompt-of-1 all-rejected-sampled greedy-E3-d4 eos-in-accepted-run"
+KEEP_KV += " linear-plain llama3-plain"
 
 Vectors = dict[str, np.ndarray]
 
@@ -121,24 +123,21 @@ def decode(model: Llama, prompt: list[int], s: dict) -> tuple[list[dict], Vector
     vectors = {kind: np.concatenate(rows) for kind, rows in found.items() if rows}
     for kind in ("keys", "values"):
         vectors[kind] = getattr(cache, kind)[:, :, : cache.length].numpy().copy()
-    return rounds, vectors, min(*margins, drafter.closest)
+    return rounds, vectors, min([drafter.closest, *margins])
 
 
-def committed() -> dict:
-    """golden/cases.json."""
-    return json.loads((GOLDEN / "cases.json").read_text())
-
-
-def replay(dtype: str) -> Iterator[tuple[dict, list[dict], Vectors]]:
-    """Each case, with the rounds and vectors that the reference makes of it now.
+def replay(dtype: str, *parts: str) -> Iterator[tuple[dict, list[dict], Vectors]]:
+    """Each case of these parts of golden/ (of all if none is named): rounds and vectors of now.
 
     Raises ValueError on a choice that hangs on less than MARGIN.
     """
-    models = {name: load_checkpoint(GOLDEN / name, DTYPES[dtype]) for name in ("model", "ties")}
-    for case in committed()["cases"]:
-        model = models[case.get("model", "model")]
-        rounds, vectors, narrowest = decode(model, case["prompt"], case["settings"])
-        if narrowest < MARGIN and "model" not in case:
+    models: dict[str, Llama] = {}
+    for case in committed(GOLDEN, parts or PARTS)["cases"]:
+        name = case.get("model", "model")
+        if name not in models:
+            models[name] = load_checkpoint(GOLDEN / name, DTYPES[dtype])
+        rounds, vectors, narrowest = decode(models[name], case["prompt"], case["settings"])
+        if narrowest < MARGIN and name != "ties":
             name = f"{dtype}, case {case['name']}"
             raise ValueError(f"{name}: a choice hangs on {narrowest:.1e}, less than {MARGIN}")
         yield case, rounds, vectors
@@ -146,14 +145,14 @@ def replay(dtype: str) -> Iterator[tuple[dict, list[dict], Vectors]]:
 
 def kept(case: dict, vectors: Vectors) -> Vectors:
     """Those of a case's vectors that are committed: keys and values of a few cases alone."""
-    kinds = [] if "model" in case else ["logits", "exit_queries"]
+    kinds = [] if case.get("model") == "ties" else ["logits", "exit_queries"]
     kinds += ["keys", "values"] if case["name"] in KEEP_KV.split() else []
     return {f"{case['name']}.{kind}": vectors[kind] for kind in kinds if kind in vectors}
 
 
-def filters() -> list[dict]:
+def filters(*parts: str) -> list[dict]:
     """The filters of cases.json, with the ids that the reference keeps."""
-    found = committed()["filters"]
+    found = committed(GOLDEN, parts or PARTS)["filters"]
     for f in found:
         scaled = torch.tensor(f["logits"], dtype=torch.float64) / f["temperature"]
         f["kept"] = keep_likely(scaled, f["top_k"], f["top_p"]).isfinite().nonzero()[:, 0].tolist()
@@ -162,47 +161,52 @@ def filters() -> list[dict]:
 
 def write() -> None:
     """Computes golden/'s rounds, kept ids and vectors anew."""
-    files, cases = {}, {}
-    for dtype in DTYPES:
-        found = list(replay(dtype))
-        tensors: Vectors = {}
-        for case, _, vectors in found:
-            tensors |= kept(case, vectors)
-        files[f"{dtype}.safetensors"] = save(tensors)
-        cases[dtype] = [case | {"rounds": rounds} for case, rounds, _ in found]
-    if cases["float64"] != cases["float32"]:
-        raise ValueError("the rounds in float32 are not those in float64")
-    files["cases.json"] = dump(cases["float64"]).encode()
+    files: dict[str, bytes] = {}
+    for part in PARTS:
+        cases = {}
+        for dtype in DTYPES:
+            found = list(replay(dtype, part))
+            tensors: Vectors = {}
+            for case, _, vectors in found:
+                tensors |= kept(case, vectors)
+            files[f"{part}{dtype}.safetensors"] = save(tensors)
+            cases[dtype] = [case | {"rounds": rounds} for case, rounds, _ in found]
+        if cases["float64"] != cases["float32"]:
+            raise ValueError("the rounds in float32 are not those in float64")
+        files[f"{part}cases.json"] = dump(cases["float64"], part).encode()
     for name, data in files.items():
-        with whole_file(GOLDEN / name) as file:
-            file.write(data)
+        (GOLDEN / name).write_bytes(data)
 
 
-def dump(cases: list[dict]) -> str:
+def dump(cases: list[dict], part: str) -> str:
     """JSON with a line for each round, so that a changed one shows in a diff."""
     blocks = []
     for case in cases:
         head = json.dumps({key: case[key] for key in case if key != "rounds"})[:-1]
         rounds = ",\n".join("  " + json.dumps(r) for r in case["rounds"])
         blocks.append(f'{head}, "rounds": [\n{rounds}\n]}}')
-    joined, lines = ",\n".join(blocks), ",\n".join(map(json.dumps, filters()))
-    head = '{"format": "layerskip-golden-1", "cases": [\n'
-    return f'{head}{joined}\n], "filters": [\n{lines}\n]}}\n'
+    lists = {"cases": blocks, "filters": [*map(json.dumps, filters(part))]}
+    lists["batches"] = [*map(json.dumps, committed(GOLDEN, [part])["batches"])]
+    joined = {key: ",\n".join(lines) for key, lines in lists.items() if lines}
+    text = ", ".join(f'"{key}": [\n{lines}\n]' for key, lines in joined.items())
+    return f'{{"format": "layerskip-golden-1", {text}}}\n'
 
 
 def drift() -> str | None:
     """One line on the first difference between the reference and what is committed, if any."""
-    if committed()["filters"] != filters():
+    if committed(GOLDEN)["filters"] != filters():
         return "the filters are no longer as in cases.json"
     for dtype in DTYPES:
-        golden = load_file(GOLDEN / f"{dtype}.safetensors")
+        golden: Vectors = {}
+        for part in PARTS:
+            golden |= load_file(GOLDEN / f"{part}{dtype}.safetensors")
         tensors: Vectors = {}
         for case, rounds, vectors in replay(dtype):
             if rounds != case["rounds"]:
                 return f"{dtype}, case {case['name']}: rounds are no longer as in cases.json"
             tensors |= kept(case, vectors)
         if {k: x.shape for k, x in tensors.items()} != {k: x.shape for k, x in golden.items()}:
-            return f"{dtype}.safetensors has other names or shapes than the cases"
+            return f"the vectors in {dtype} have other names or shapes than the cases"
         for key, x in tensors.items():
             if not (off := error(golden[key], x).max()) <= TOLERANCE[dtype]:
                 return f"{dtype}: {key} is off by {off:.1e}, more than {TOLERANCE[dtype]}"
@@ -214,7 +218,7 @@ def trace(dtype: str) -> dict:
     cases = []
     for case, rounds, vectors in replay(dtype):
         row = 0
-        for r, runs in zip(rounds, vectors["layer_runs"]):
+        for r, runs in zip(rounds, vectors.get("layer_runs", [])):
             rows = slice(row, row := row + len(r["drafted"]) + 1)
             r["layer_runs"] = runs.tolist()
             for kind in vectors.keys() & {"exit_queries", "logits"}:
@@ -234,7 +238,7 @@ def main() -> None:
     p.add_argument("--dtype", choices=DTYPES, default="float64", help="of the trace: %(default)s")
     args = p.parse_args()
     torch.set_num_threads(1)  # the bits of a product depend on the number of threads
-    with command_errors("golden.py"):
+    try:
         if args.verify:
             found = drift()
             print(found or "the reference gives what is committed")
@@ -243,6 +247,8 @@ def main() -> None:
             args.trace.write_text(json.dumps(trace(args.dtype)))
         else:
             write()
+    except (OSError, ValueError) as problem:
+        p.exit(2, f"golden.py: {problem}\n")
 
 
 if __name__ == "__main__":

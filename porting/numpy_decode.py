@@ -9,10 +9,10 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-
-GOLDEN = Path(__file__).parent / "golden"
+from check import GOLDEN, committed
 
 
 def read_tensors(file: Path) -> dict[str, np.ndarray]:
@@ -48,17 +48,25 @@ def keep_likely(logits: np.ndarray, temperature: float, top_k: int, top_p: float
     return x
 
 
-class Llama:
-    """embed, layer and unembed (1.3 and 11), from a checkpoint with Hugging Face's names.
+def scaled(frequency: np.ndarray, rope: dict) -> np.ndarray:
+    """11.4.5: float32 (hd / 2,)."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return frequency
+    share: Any = 0  # of the original frequency
+    if kind == "llama3":
+        turns = rope["original_max_position_embeddings"] / (2 * np.pi / frequency)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        share = ((turns - low) / (high - low)).clip(0, 1)
+    return (1 - share) * frequency / rope["factor"] + share * frequency
 
-    Raises ValueError for scaled rotary positions.
-    """
+
+class Llama:
+    """embed, layer and unembed (1.3 and 11), from a checkpoint with Hugging Face's names."""
 
     def __init__(self, folder: Path, dtype: str):
         c = json.loads((folder / "config.json").read_text())
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ValueError("scaled rotary positions are left to the next port")
         self.n_layers, self.dim = c["num_hidden_layers"], c["hidden_size"]
         self.context, self.eps = c["max_position_embeddings"], c["rms_norm_eps"]
         heads, eos = c["num_attention_heads"], c.get("eos_token_id")
@@ -68,7 +76,7 @@ class Llama:
         self.dtype = np.dtype(dtype)
         theta = np.float32(rope.get("rope_theta", c.get("rope_theta", 10000.0)))
         pairs = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
-        self.frequency = 1 / theta**pairs
+        self.frequency = scaled(1 / theta**pairs, rope)
         files = map(read_tensors, folder.glob("*.safetensors"))
         self.w = {name: x.astype(dtype) for file in files for name, x in file.items()}
         self.w.setdefault("lm_head.weight", self.w["model.embed_tokens.weight"])  # a tied head
@@ -81,9 +89,9 @@ class Llama:
         """11.2: h (T, in) times a stored weight (out, in), transposed."""
         return h @ self.w[f"{name}.weight"].T
 
-    def rotate(self, x: np.ndarray, start: int) -> np.ndarray:
-        """11.4: rotary positions on x (T, heads, hd)."""
-        angle = np.arange(start, start + len(x), dtype=np.float32)[:, None, None] * self.frequency
+    def rotate(self, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """11.4: x (T, heads, hd), turned by positions (T,)."""
+        angle = positions.astype(np.float32)[:, None, None] * self.frequency
         wide = angle.astype(np.float64)
         cos, sin = (f(wide).astype(np.float32).astype(self.dtype) for f in (np.cos, np.sin))
         a, b = np.split(x, 2, -1)
@@ -96,27 +104,44 @@ class Llama:
     def run_layers(
         self, h: np.ndarray, first: int, last: int, cache: "Decoder", start: int
     ) -> np.ndarray:
-        """Layers [first, last) on rows h (T, dim) at positions from `start`.
+        """Layers [first, last) on rows h (T, dim) of one text, at positions from `start`.
 
         They see what the cache holds, and leave their keys and values in it.
         """
-        rows, end = len(h), start + len(h)
-        unseen = np.arange(end) > np.arange(start, end)[:, None, None, None]  # 3.3
-        cache.layer_runs[first:last] += rows
+        end = start + len(h)
+        positions = np.arange(start, end)
+        cache.layer_runs[first:last] += len(h)
+        unseen = np.arange(end) > positions[:, None]  # 3.3
+        return self.run_rows(h, first, last, cache, positions, positions, unseen)
+
+    def run_rows(
+        self,
+        h: np.ndarray,
+        first: int,
+        last: int,
+        cache: "Decoder | Batch",
+        positions: np.ndarray,
+        slots: np.ndarray,
+        unseen: np.ndarray,
+    ) -> np.ndarray:
+        """Layers [first, last) on rows h (T, dim), whose keys and values go to slots (T,).
+
+        unseen (T, S): which of the first S slots a row does not see.
+        """
         for l in range(first, last):
             at = f"model.layers.{l}"
             x = self.norm(h, f"{at}.input_layernorm")
             q, k, v = (
-                self.linear(x, f"{at}.self_attn.{name}_proj").reshape(rows, -1, self.head_dim)
+                self.linear(x, f"{at}.self_attn.{name}_proj").reshape(len(h), -1, self.head_dim)
                 for name in "qkv"
             )
-            cache.keys[l, :, start:end] = self.rotate(k, start).swapaxes(0, 1)
-            cache.values[l, :, start:end] = v.swapaxes(0, 1)
-            keys, values = cache.keys[l, :, :end], cache.values[l, :, :end]
-            shared = self.rotate(q, start).reshape(rows, self.kv_heads, -1, self.head_dim)  # 11.5
-            score = np.einsum("tkgd,ksd->tkgs", shared, keys)
-            score = np.where(unseen, -np.inf, score * self.head_dim**-0.5)
-            mixed = np.einsum("tkgs,ksd->tkgd", softmax(score), values).reshape(rows, -1)
+            cache.keys[l, :, slots] = self.rotate(k, positions)
+            cache.values[l, :, slots] = v
+            keys, values = (x[l, :, : unseen.shape[1]] for x in (cache.keys, cache.values))
+            shared = self.rotate(q, positions).reshape(len(h), self.kv_heads, -1, self.head_dim)
+            score = np.einsum("tkgd,ksd->tkgs", shared, keys) * self.head_dim**-0.5  # 11.5
+            score = np.where(unseen[:, None, None], -np.inf, score)
+            mixed = np.einsum("tkgs,ksd->tkgd", softmax(score), values).reshape(len(h), -1)
             h = h + self.linear(mixed, f"{at}.self_attn.o_proj")
             x = self.norm(h, f"{at}.post_attention_layernorm")
             gate, up = (self.linear(x, f"{at}.mlp.{name}_proj") for name in ("gate", "up"))
@@ -166,30 +191,43 @@ class Decoder:
         sure = self.settings["min_confidence"]
         return sure > 0 and softmax(logits.astype(np.float32)).max() <= sure
 
+    @property
+    def limit(self) -> int:
+        """5.0"""
+        return min(self.settings["draft_len"], self.end - len(self.tokens) - 1)
+
+    def guess(self, drafted: list[int], h: np.ndarray) -> bool:
+        """5.1.2 to 5.1.5 for h (dim,) of the last row: adds a token. False: drafting stops."""
+        row, n = len(drafted), len(self.tokens)
+        self.queries[row] = h
+        if row == self.limit or (drafted and drafted[-1] in self.eos):
+            return False
+        logits = self.model.unembed(h[None])[0]
+        if self.doubts(logits):
+            return False
+        drafted.append(self.pick(logits, n + row))
+        return True
+
     def draft(self) -> list[int]:
         """5.1: layers [0, E) leave keys, values and an exit query for every row, the last too.
 
         7.5: E = 0 drafts nothing.
         """
-        n, token = len(self.tokens), self.tokens[-1]
         drafted: list[int] = []
-        limit = min(self.settings["draft_len"], self.end - n - 1)  # 5.0
-        for row in range(limit + 1 if self.exit else 0):
-            h = self.model.embed([token])
-            h = self.model.run_layers(h, 0, self.exit, self, self.length + row)
-            self.queries[row] = h[0]
-            if row == limit or (drafted and token in self.eos):
-                break
-            logits = self.model.unembed(h)[0]
-            if self.doubts(logits):
-                break
-            token = self.pick(logits, n + row)
-            drafted.append(token)
+        drafting = self.exit > 0
+        while drafting:
+            h = self.model.embed([[*self.tokens, *drafted][-1]])
+            h = self.model.run_layers(h, 0, self.exit, self, self.length + len(drafted))
+            drafting = self.guess(drafted, h[0])
         return drafted
+
+    def rows(self, drafted: list[int]) -> np.ndarray:
+        """What verification starts from: exit queries q_0..q_k, or the embedded token."""
+        return self.queries[: len(drafted) + 1] if self.exit else self.model.embed(self.tokens[-1:])
 
     def verify(self, drafted: list[int]) -> np.ndarray:
         """5.2: logits (k + 1, V) from layers [E, L), which go on from the exit queries."""
-        h = self.queries[: len(drafted) + 1] if self.exit else self.model.embed(self.tokens[-1:])
+        h = self.rows(drafted)
         h = self.model.run_layers(h, self.exit, self.model.n_layers, self, self.length)
         return self.model.unembed(h)
 
@@ -207,28 +245,133 @@ class Decoder:
         self.length += len(emitted)
         self.tokens += emitted
 
+    def finish(self, drafted: list[int], logits: np.ndarray) -> dict:
+        """5.3 and 5.4; the round, as in 10.2."""
+        start, emitted = self.length, self.accept(drafted, logits)
+        self.rewind(drafted, emitted)
+        accepted = sum(a == b for a, b in zip(drafted, emitted))
+        r = dict(drafted=drafted, accepted=accepted, emitted=emitted)
+        r |= dict(start=start, length=self.length, layer_runs=self.layer_runs.tolist())
+        if self.exit:
+            r["exit_queries"] = self.queries[: len(drafted) + 1].tolist()
+        return r | {"logits": logits.tolist()}
+
+    def ended(self) -> bool:
+        """5.5, after a round."""
+        return len(self.tokens) >= self.end or self.tokens[-1] in self.eos
+
     def rounds(self) -> Iterator[dict]:
-        """Draft, verify, accept, rewind until the text ends (5.5); yields rounds as in 10.2."""
+        """Draft, verify, accept, rewind until the text ends; yields rounds."""
         self.prefill()
         while len(self.tokens) < self.end:
-            start, self.layer_runs[:] = self.length, 0
+            self.layer_runs[:] = 0
             drafted = self.draft()
-            logits = self.verify(drafted)
-            emitted = self.accept(drafted, logits)
-            self.rewind(drafted, emitted)
-            accepted = sum(a == b for a, b in zip(drafted, emitted))
-            r = dict(drafted=drafted, accepted=accepted, emitted=emitted)
-            r |= dict(start=start, length=self.length, layer_runs=self.layer_runs.tolist())
-            if self.exit:
-                r["exit_queries"] = self.queries[: len(drafted) + 1].tolist()
-            yield r | {"logits": logits.tolist()}
-            if emitted[-1] in self.eos:
+            yield self.finish(drafted, self.verify(drafted))
+            if self.ended():
                 return
+
+
+class Sequence(Decoder):
+    """A text in a batch (12.0). table: its slots."""
+
+    def __init__(self, name: str, *how: Any):
+        super().__init__(*how)
+        self.name, self.table, self.drafted = name, list[int](), list[int]()
+
+
+class Batch:
+    """Sequences that share passes and slots (SERVING.md, 12 and 13).
+
+    keys and values (L, Hkv, slots, hd), free: slots that nobody has.
+    """
+
+    def __init__(self, model: Llama, lanes: int, slots: int):
+        self.model, self.free = model, list(range(slots))
+        self.lanes: list = [None] * lanes
+        shape = (2, model.n_layers, model.kv_heads, slots, model.head_dim)
+        self.keys, self.values = np.zeros(shape, model.dtype)
+
+    def hold(self, s: Sequence, positions: int) -> None:
+        """Gives s slots for so many positions."""
+        self.free += s.table[positions:]
+        del s.table[positions:]
+        s.table += [self.free.pop() for _ in range(positions - len(s.table))]
+
+    def run(self, h: np.ndarray, first: int, last: int, rows: list) -> np.ndarray:
+        """Layers [first, last) on h (T, dim), for rows (sequence, position)."""
+        unseen = np.ones((len(rows), self.keys.shape[2]), bool)
+        for row, (s, p) in enumerate(rows):
+            unseen[row, s.table[: p + 1]] = False  # 12.8
+            s.layer_runs[first:last] += 1
+        positions, slots = np.array([(p, s.table[p]) for s, p in rows]).T
+        return self.model.run_rows(h, first, last, self, positions, slots, unseen)
+
+    def join(self, lane: int, s: Sequence) -> None:
+        """12.10, with prefill."""
+        self.lanes[lane], s.length = s, len(s.tokens) - 1
+        self.hold(s, s.length)
+        if s.length:
+            rows = [(s, p) for p in range(s.length)]
+            self.run(self.model.embed(s.tokens[:-1]), 0, self.model.n_layers, rows)
+
+    def draft(self, group: list[Sequence]) -> None:
+        """5.1 for sequences of one E: a pass is the next row of those that still draft."""
+        while group:
+            h = self.model.embed([[*s.tokens, *s.drafted][-1] for s in group])
+            rows = [(s, s.length + len(s.drafted)) for s in group]
+            h = self.run(h, 0, group[0].exit, rows)
+            group = [s for s, query in zip(group, h) if s.guess(s.drafted, query)]
+
+    def verify(self, group: list[Sequence]) -> list[np.ndarray]:
+        """5.2 for sequences of one E: logits (k + 1, V) of each."""
+        starts = [s.rows(s.drafted) for s in group]
+        rows = [(s, s.length + i) for s, h in zip(group, starts) for i in range(len(h))]
+        h = self.run(np.concatenate(starts), group[0].exit, self.model.n_layers, rows)
+        return np.split(self.model.unembed(h), np.cumsum([len(h) for h in starts])[:-1])  # 12.7
+
+    def step(self) -> list[dict]:
+        """A round of every sequence (20.3)."""
+        entries, live = [], [s for s in self.lanes if s]
+        for s in live:
+            s.drafted, s.layer_runs[:] = [], 0
+            self.hold(s, s.length + s.limit + 1)  # 13.2
+        for e in sorted({s.exit for s in live}):  # 12.11
+            group = [s for s in live if s.exit == e]
+            if e:
+                self.draft(group)
+            for s, logits in zip(group, self.verify(group)):
+                entry = dict(sequence=s.name, lane=self.lanes.index(s), slots=[*s.table])
+                entries.append(entry | s.finish(s.drafted, logits))
+                self.hold(s, 0 if s.ended() else s.length)  # 13.3, 13.4
+        self.lanes = [s if s and s.table else None for s in self.lanes]
+        return entries
+
+    def steps(self, waiting: list[Sequence]) -> Iterator[list[dict]]:
+        """One joins where a lane is free, and slots enough for its end."""
+        while waiting or any(self.lanes):
+            for lane, s in enumerate(self.lanes):
+                ends = [other.end for other in (*self.lanes, *waiting[:1]) if other]
+                if not s and waiting and sum(ends) <= self.keys.shape[2]:
+                    self.join(lane, waiting.pop(0))
+            yield self.step()
 
 
 def load_golden(dtype: str) -> dict[str, Llama]:
     """The golden checkpoints, by the names that cases give them."""
-    return {name: Llama(GOLDEN / name, dtype) for name in ("model", "ties")}
+    return {folder.name: Llama(folder, dtype) for folder in GOLDEN.iterdir() if folder.is_dir()}
+
+
+def trace_batches(
+    model: Llama, golden: dict, batch: type[Batch] = Batch, sequence: type[Sequence] = Sequence
+) -> list[dict]:
+    """The batches of a trace (20.2)."""
+    cases, traced = {case["name"]: case for case in golden["cases"]}, []
+    for b in golden["batches"]:
+        how = [(name, cases[name]["prompt"], cases[name]["settings"]) for name in b["sequences"]]
+        waiting = [sequence(name, model, prompt, settings) for name, prompt, settings in how]
+        steps = batch(model, b["lanes"], b["slots"]).steps(waiting)
+        traced.append({"name": b["name"], "steps": [*steps]})
+    return traced
 
 
 def trace(models: dict[str, Llama], golden: dict, decoder: type[Decoder] = Decoder) -> dict:
@@ -245,8 +388,8 @@ def trace(models: dict[str, Llama], golden: dict, decoder: type[Decoder] = Decod
     for f in golden["filters"]:
         x = keep_likely(np.array(f["logits"]), f["temperature"], f["top_k"], f["top_p"])
         kept.append(np.flatnonzero(x > -np.inf).tolist())
-    dtype = str(models["model"].dtype)
-    return {"format": "layerskip-trace-1", "dtype": dtype, "cases": traced, "filters": kept}
+    found = {"format": "layerskip-trace-1", "dtype": str(models["model"].dtype), "cases": traced}
+    return found | {"filters": kept, "batches": trace_batches(models["model"], golden)}
 
 
 def main() -> None:
@@ -254,9 +397,8 @@ def main() -> None:
     p.add_argument("--trace", type=Path, metavar="OUT", required=True, help="where to write it")
     p.add_argument("--dtype", choices=["float64", "float32"], default="float64")
     args = p.parse_args()
-    golden = json.loads((GOLDEN / "cases.json").read_text())
     try:
-        args.trace.write_text(json.dumps(trace(load_golden(args.dtype), golden)))
+        args.trace.write_text(json.dumps(trace(load_golden(args.dtype), committed())))
     except OSError as error:
         p.exit(2, f"numpy_decode.py: {error}\n")
 

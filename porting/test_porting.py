@@ -6,27 +6,26 @@ import re
 import shutil
 import subprocess
 import sys
-
-import numpy as np
-import pytest
-import torch
-from conftest import ROOT
-from helpers import tiny_config, tiny_model
-from safetensors.numpy import load_file
-
-sys.path.insert(0, str(ROOT / "porting"))
+from itertools import product
 
 import check
 import golden
+import numpy as np
 import numpy_decode
+import pytest
+import torch
 from check import EXIT, HEAD
+from helpers import tiny_config, tiny_model
 from numpy_decode import Decoder, Llama
+from safetensors.numpy import load_file
 
 from decode import Sampling, generate, gumbel
 from exact import pack
 from model import load_checkpoint, save_checkpoint
 
-COMMITTED = golden.committed()
+ROOT = golden.PORTING.parent
+
+COMMITTED = check.committed()
 CASES = {case["name"]: case for case in COMMITTED["cases"]}
 
 
@@ -74,9 +73,12 @@ def test_the_reference_and_the_numpy_port_keep_every_rule(dtype):
 @pytest.mark.parametrize("exact", [False, True])
 def test_generate_gives_the_golden_rounds(exact):
     for dtype in golden.DTYPES.values():
-        models = {n: load_checkpoint(golden.GOLDEN / n, dtype) for n in ("model", "ties")}
+        folders = [folder for folder in golden.GOLDEN.iterdir() if folder.is_dir()]
+        models = {folder.name: load_checkpoint(folder, dtype) for folder in folders}
         for case in CASES.values():
             model, s = models[case.get("model", "model")], case["settings"]
+            if not s["max_new_tokens"]:
+                continue  # generate refuses it
             how = {key: s[key] for key in ("exit_layer", "max_new_tokens", "min_confidence", "eos")}
             how["sampling"] = Sampling(s["temperature"], s["top_k"], s["top_p"], s["seed"])
             how["draft_len"] = max(1, s["draft_len"])
@@ -99,9 +101,10 @@ def test_golden_files_are_written_alike_twice_and_as_committed(aside):
     first = {file.name: file.read_bytes() for file in aside.iterdir() if file.is_file()}
     golden.write()
     assert {name: (aside / name).read_bytes() for name in first} == first
-    assert first["cases.json"] == (check.GOLDEN / "cases.json").read_bytes()
-    for dtype, tolerance in check.TOLERANCE.items():
-        stored, wanted = (load_file(f / f"{dtype}.safetensors") for f in (aside, check.GOLDEN))
+    for part, (dtype, tolerance) in product(check.PARTS, check.TOLERANCE.items()):
+        cases, file = f"{part}cases.json", f"{part}{dtype}.safetensors"
+        assert first[cases] == (check.GOLDEN / cases).read_bytes()
+        stored, wanted = (load_file(folder / file) for folder in (aside, check.GOLDEN))
         assert stored.keys() == wanted.keys()
         assert all(check.error(wanted[key], stored[key]).max() <= tolerance for key in wanted)
 
@@ -121,7 +124,7 @@ def test_drift_is_seen_and_exits_1(aside, monkeypatch, capsys):
         ((case, rounds[:-1], vectors), f"case {case['name']}: rounds are no longer"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(golden, "replay", lambda dtype: [first, *replayed])
+            patch.setattr(golden, "replay", lambda *which: [first, *replayed])
             patch.setattr(sys, "argv", ["golden.py", "--verify"])
             with pytest.raises(SystemExit) as stop:
                 golden.main()
@@ -134,7 +137,7 @@ def test_drift_is_seen_and_exits_1(aside, monkeypatch, capsys):
 def events(case: dict) -> set[str]:
     """What a case shows, in the words of section 7."""
     s, found, n = case["settings"], set(), len(case["prompt"])
-    context = 64 if "model" in case else 96
+    context = 64 if case.get("model") == "ties" else 96
     end, eos = min(n + s["max_new_tokens"], context), [13, 11] if s["eos"] is None else s["eos"]
     for r in case["rounds"]:
         limit, k, a = min(s["draft_len"], end - n - 1), len(r["drafted"]), r["accepted"]
@@ -165,7 +168,8 @@ def test_the_cases_show_every_edge_of_section_7():
     grid = {(e, d) for e in range(1, 5) for d in (1, 2, 4, 8)} | {(0, 0), (3, 15)}
     assert grid <= {(s["exit_layer"], s["draft_len"]) for s in settings}
     assert any(s["seed"] == 2**64 - 1 for s in settings) and any(s["eos"] is None for s in settings)
-    ends = [(len(c["prompt"]), c["rounds"][-1]["length"]) for c in CASES.values()]
+    ends = [(len(c["prompt"]), c["rounds"][-1]["length"]) for c in CASES.values() if c["rounds"]]
+    assert any(s["max_new_tokens"] == 0 for s in settings)
     assert any(prompt < 64 < last for prompt, last in ends)
 
 
@@ -180,14 +184,18 @@ def test_the_ties_are_exact_in_every_type(dtype):
 def test_the_specification_counts_cases_and_filters():
     text = " ".join((ROOT / "porting" / "SPEC.md").read_text().split())
     assert f"{len(CASES)} cases and {len(COMMITTED['filters'])} filters" in text
-    assert f"golden ones for six cases: {', '.join(golden.KEEP_KV.split()[:-1])}" in text
+    kept = golden.KEEP_KV.split()
+    assert f"golden ones for eight cases: {', '.join(kept[:-1])} and {kept[-1]}" in text
 
 
 def test_golden_files_are_small():
     files = [file for file in golden.GOLDEN.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 1.5e6
-    stored = [load_file(golden.GOLDEN / f"{dtype}.safetensors") for dtype in golden.DTYPES]
-    assert set(stored[0]) == set(stored[1])
+    for part in check.PARTS:
+        stored = [
+            load_file(golden.GOLDEN / f"{part}{dtype}.safetensors") for dtype in golden.DTYPES
+        ]
+        assert set(stored[0]) == set(stored[1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -387,7 +395,7 @@ class KeepsARejectedKey(Decoder):
 
 
 class NoiseOfAnotherSeed(Decoder):
-    """Sees the seed's bits but the last two, as a double does with the largest seed."""
+    """the seed loses its last two bits"""
 
     def __init__(self, model, prompt, settings):
         super().__init__(model, prompt, settings | {"seed": settings["seed"] & ~3})
@@ -414,12 +422,12 @@ class LateKeys(np.ndarray):
 
     def __setitem__(self, at, keys):
         if at[0] in self.layers:
-            at = (*at[:2], slice(at[2].start + 1, at[2].stop + 1))
+            at = (*at[:2], at[2] + 1)
         super().__setitem__(at, keys)
 
 
 class DraftKeysOneLate(Decoder):
-    """After a rejection the draft's keys are stored one position late."""
+    """after a rejection, the draft's keys are stored one position late"""
 
     def __init__(self, model, prompt, settings):
         super().__init__(model, prompt, settings)
@@ -432,7 +440,7 @@ class DraftKeysOneLate(Decoder):
 
 
 class VerifierKeysOneLate(DraftKeysOneLate):
-    """After a rejection the verifier's keys are stored one position late."""
+    """after a rejection, the verifier's keys are stored one position late"""
 
     def __init__(self, model, prompt, settings):
         super().__init__(model, prompt, settings)
@@ -445,6 +453,15 @@ class PrefillStopsBeforeTheLastLayer(Decoder):
     def prefill(self):
         super().prefill()
         self.keys[-1], self.values[-1] = 0, 0
+
+
+class PrefillRunsEveryToken(Decoder):
+    """prefill also runs x_{n-1}"""
+
+    def prefill(self):
+        self.tokens.append(0)
+        super().prefill()
+        self.tokens.pop()
 
 
 class PrefillOnePositionLate(Decoder):
@@ -493,6 +510,10 @@ def always(r, s):
     return True
 
 
+def second(r, s):
+    return r["start"] > 0
+
+
 def drafts(r, s):
     return len(r["drafted"]) > 0
 
@@ -512,6 +533,9 @@ FAULTS = [
     (DoubtsBelowAlone, "confidence-at-threshold", "5.1.4", drafts, EXIT, ("k", -1)),
     (DoubtsOneTooLate, "confidence", "5.1.4", drafts, EXIT, ("k", -2)),
     (DraftNoiseOneLate, "sampled-E2-d6", "4.3", drafts, EXIT, ("n", 0)),
+    (NoiseOfAnotherSeed, "plain-sampled", "4.3", always, HEAD, ("n", 0)),
+    (DraftKeysOneLate, "prompt-of-1", "5.1.2", second, E, ("n", -1)),
+    (VerifierKeysOneLate, "prompt-of-1", "5.2", second, HEAD, ("n", -1)),
     (VerifierNoiseOfTheRound, "sampled-E4-d6", "4.3", emits_two, HEAD, ("n", 1)),
     (DraftsSecondBest, "greedy-E2-d2", "4.2", drafts, EXIT, ("n", 0)),
     (LastOfEqualLogits, "ties-drafted", "4.2", drafts, EXIT, ("n", 2)),
@@ -528,6 +552,7 @@ FAULTS = [
     (PrefillStopsBeforeTheLastLayer, "greedy-E3-d4", "6.2", "prefill", 4, 0),
     (PrefillStopsBeforeTheLastLayer, "plain", "6.2", "prefill", 4, 0),
     (PrefillOnePositionLate, "plain", "6.2", "prefill", 0, 1),
+    (PrefillRunsEveryToken, "plain", "6.2", always, None, None),
     (GoesOnAfterEos, "eos-in-accepted-run", "7.1", ends, None, ("a", 0)),
     (IgnoresTheCheckpointsEos, "eos-of-the-checkpoint", "5.1.3", drafts, EXIT, ("n", 2)),
     (IgnoresTheCheckpointsEos, "eos-of-the-checkpoint-plain", "7.1", "after", None, 4),
@@ -644,18 +669,18 @@ def test_a_wrong_filter_is_named(whole, fault):
 class InterleavedPairs(Llama):
     """rotary pairs are (2i, 2i + 1)"""
 
-    def rotate(self, x, start):
+    def rotate(self, x, positions):
         apart = np.concatenate([x[..., ::2], x[..., 1::2]], -1)
-        halves = super().rotate(apart, start).reshape(*x.shape[:-1], 2, -1)
+        halves = super().rotate(apart, positions).reshape(*x.shape[:-1], 2, -1)
         return halves.swapaxes(-1, -2).reshape(x.shape)
 
 
 class AnglesInFloat64(Llama):
     """rotary angles are formed in float64"""
 
-    def rotate(self, x, start):
+    def rotate(self, x, positions):
         turns = np.arange(self.head_dim // 2) * 2 / self.head_dim
-        angle = np.arange(start, start + len(x))[:, None, None] / 625.0**turns
+        angle = positions[:, None, None] / 625.0**turns
         a, b = np.split(x, 2, -1)
         cos, sin = np.cos(angle), np.sin(angle)
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
@@ -711,6 +736,47 @@ MODELS = {  # layer, position of the first wrong row
     UsualEps: (0, 0),
     FinalNormLeftOut: (HEAD, 0),
 }
+WRONG_PARTS = {  # of section 11, where a trace has keys and values
+    InterleavedPairs: "11.4",
+    HeadsTakeTurns: "11.5",
+    ScoresNotScaled: "11.5",
+    GateAndUpSwapped: "11.3",
+    UsualEps: "11.1",
+}
+
+
+class PositionsNotScaled(Llama):
+    """scaled rotary positions are not scaled"""
+
+    def __init__(self, folder, dtype):
+        super().__init__(folder, dtype)
+        theta = {"linear": 10000.0, "llama3": 100.0}[folder.name]
+        self.frequency = 1 / theta ** (np.arange(0, 8, 2, dtype=np.float32) / np.float32(8))
+
+
+class EveryPairScaled(PositionsNotScaled):
+    """llama3's scaling divides every pair"""
+
+    def __init__(self, folder, dtype):
+        super().__init__(folder, dtype)
+        self.frequency = self.frequency / 8
+
+
+WRONG_MODELS = *MODELS, AnglesInFloat64, PositionsNotScaled, EveryPairScaled
+
+
+@pytest.mark.parametrize("shown", ["keys", "logits"])
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [(PositionsNotScaled, "linear"), (PositionsNotScaled, "llama3"), (EveryPairScaled, "llama3")],
+)
+def test_a_wrong_scaling_is_named_by_its_step(fault, name, shown):
+    case = f"{name}-plain"
+    trace = run({name: fault(golden.GOLDEN / name, "float64")}, Decoder, case)
+    if shown == "logits":
+        del trace["cases"][0]["keys"], trace["cases"][0]["values"]
+    broken = checked(trace)
+    assert broken.rule == "1.3" and "(see 11.4.5)" in str(broken), str(broken)
 
 
 @pytest.mark.parametrize("fault", MODELS)
@@ -730,11 +796,27 @@ def test_a_wrong_model_is_blamed_and_not_prefill_or_the_decoder(fault, shown):
     if shown == "keys" and layer != HEAD:  # a drafted case alone, by its prefill
         broken = checked(run(ports, Decoder, "all-rejected-sampled"))
         assert (broken.rule, broken.layer, broken.position) == ("1.3", layer, position), str(broken)
+        assert f"(see {WRONG_PARTS[fault]}" in str(broken)
+
+
+class FewBits(Llama):
+    """Rounds the inputs of products to the ten bits of TF32."""
+
+    def linear(self, h, name):
+        few = (h.astype(np.float32).view(np.uint32) & 0xFFFFE000).view(np.float32)
+        return super().linear(few.astype(h.dtype), name)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_products_of_few_bits_are_asked_for(dtype):
+    trace = run({"model": FewBits(golden.GOLDEN / "model", dtype)}, Decoder, "plain")
+    broken = checked(trace | {"dtype": dtype})
+    assert broken.rule == "1.3" and "TF32 or bfloat16" in str(broken)
 
 
 def test_angles_in_float64_are_told_from_a_broken_decoder():
-    ports = {name: AnglesInFloat64(golden.GOLDEN / name, "float64") for name in ("model", "ties")}
-    broken = checked(numpy_decode.trace(ports, COMMITTED))
+    ports = {"model": AnglesInFloat64(golden.GOLDEN / "model", "float64")}
+    broken = checked(run(ports, Decoder, *(n for n, case in CASES.items() if "model" not in case)))
     assert broken.rule == "1.3" and "angles formed in float64" in str(broken)
 
 
@@ -744,6 +826,23 @@ def test_a_wrong_prefill_is_blamed_by_logits_once_the_model_is_right_row_by_row(
         del case["keys"], case["values"]
     broken = checked(trace)
     assert (broken.case, broken.rule, broken.layer) == ("plain", "6.2", HEAD)
+
+
+@pytest.mark.parametrize("shown", ["keys", "logits", "tokens"])
+@pytest.mark.parametrize("name", ["plain-sampled", "plain", "greedy-E3-d4"])
+def test_a_prefill_that_runs_the_last_token_is_named_without_start(ports, name, shown):
+    trace = run(ports, PrefillRunsEveryToken, name)
+    for kind in ("keys", "values") if shown != "keys" else ():
+        del trace["cases"][0][kind]
+    for r in trace["cases"][0]["rounds"]:
+        del r["start"]
+        if shown == "tokens":
+            r.pop("exit_queries", None)
+            del r["logits"]
+    broken = checked(trace)
+    assert broken.round == 0 and "6.2" in str(broken), str(broken)
+    shows = shown != "tokens" and name != "plain-sampled"  # two rows of one token have equal logits
+    assert broken.rule == ("6.2" if shows else "5.4")
 
 
 @pytest.mark.parametrize("shown", ["keys", "queries", "logits", "tokens"])
@@ -771,49 +870,6 @@ def test_what_a_trace_shows_decides_how_early_a_stale_key_is_found(ports, shown)
     assert "nearer the cause: give filters, keys, values" in str(broken)
     assert ("after a rejection" in str(broken)) == (shown != "tokens")
     assert ("exit_queries" in str(broken).partition("nearer")[2]) == (shown != "queries")
-
-
-def advice(ports, whole, fault, *names):
-    """What is added to the first broken rule of a trace with all arrays and filters."""
-    trace = run(ports, fault, *names) | {"filters": whole["filters"]}
-    return str(checked(trace)).partition(", found ")[2].partition(" (")[2]
-
-
-def test_what_a_trace_gives_is_not_asked_for(ports, whole):
-    """Plain logits are given: by the broken plain case itself, or by one before."""
-    assert "nearer" not in advice(ports, whole, NoiseOfAnotherSeed, "plain-sampled")
-    names = "plain-sampled", "greedy-E3-d4"
-    assert not advice(ports, whole, QueriesOffByOneRow, *names)
-    assert "give logits of plain cases" in advice(ports, whole, QueriesOffByOneRow, *names[1:])
-
-
-def test_a_wrong_sample_sends_to_the_noise_unless_an_earlier_sampled_case_was_right(ports, whole):
-    """The generator is right then. A seed of more than 53 bits may still be wrong."""
-    assert "4.4" in advice(ports, whole, NoiseOfAnotherSeed, "plain-sampled")
-    assert "4.4" in advice(ports, whole, DraftNoiseOneLate, "sampled-E2-d6")
-    names = "plain-sampled", "sampled-E2-d6"
-    assert not advice(ports, whole, DraftNoiseOneLate, *names)
-    trace = run(ports, Decoder, "plain-sampled")
-    trace["cases"] += run(ports, NoiseOfAnotherSeed, "top-k-top-p-largest-seed")["cases"]
-    assert "4.4" in str(checked(trace))
-
-
-def test_wrong_first_logits_after_right_queries_ask_what_a_row_sees(ports, whole):
-    """Where the plain model is right, and where no rows have been rejected yet."""
-    asks, names = "does row i see rows after it?", ("plain", "greedy-E2-d4")
-    assert asks in advice(ports, whole, VerifierSeesAllRows, *names)
-    assert asks not in advice(ports, whole, VerifierSeesAllRows, *names[1:])
-    assert not advice(ports, whole, QueriesOffByOneRow, *names)
-
-
-def test_keys_out_of_place_after_a_rejection_are_asked_for(ports, whole):
-    """With keys and values in the trace too: the next query or logits break first."""
-    for fault, rule in ((DraftKeysOneLate, "5.1.2"), (VerifierKeysOneLate, "5.2")):
-        trace = run(ports, fault, "plain", "prompt-of-1")
-        broken = checked(trace)
-        assert (broken.rule, broken.round) == (rule, 1)
-        assert "after a rejection, is each key" in str(broken) and "5.4, 3.2" in str(broken)
-        assert "see rows" not in str(broken)
 
 
 def change_round(at, **how):
@@ -876,7 +932,7 @@ def test_the_readme_lists_the_planted_faults_with_their_rules():
     found = set(re.findall(r"^\| ([a-zS].*) \| ([\d.]+) \|$", text, re.MULTILINE))
     named = {(fault.__doc__, rule) for fault, _, rule, *_ in FAULTS} | set()
     named |= {(fault.__doc__, rule) for fault, rule in FILTERS.items()}
-    assert found == named | {(fault.__doc__, "1.3") for fault in (*MODELS, AnglesInFloat64)}
+    assert found == named | {(fault.__doc__, "1.3") for fault in WRONG_MODELS}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -920,6 +976,12 @@ def test_float32_numbers_under_the_name_of_float64_are_refused(name):
     del trace["dtype"]
     with pytest.raises(check.Malformed, match="has float32 numbers: say so in dtype"):
         check.check(trace)
+
+
+def test_float32_numbers_that_are_near_enough_or_say_so_are_not_refused(ports):
+    trace = run(numpy_decode.load_golden("float32"), Decoder, "plain")
+    assert check.check(trace, tolerance=1e-4).broken is None
+    assert check.check(trace | {"dtype": "float32"}, tolerance=1e-9).broken.rule != "6.2"
 
 
 def test_a_trace_without_a_dtype_is_held_to_the_tighter_tolerance(ports):
@@ -1032,6 +1094,14 @@ def test_the_two_traces_are_written_by_command_and_bad_paths_exit_2(tmp_path):
         ran = script(ROOT / "porting" / name, "--trace", tmp_path / "none" / name)
         assert ran.returncode == 2 and ran.stderr.startswith(f"{name}: ")
         assert ran.stderr.count("\n") == 1
+
+
+def test_help_needs_no_safetensors(tmp_path):
+    (tmp_path / "safetensors.py").write_text("raise ImportError")
+    program = "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv.append('--help')"
+    program += "; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+    ran = script("-c", program, tmp_path, ROOT / "porting" / "check.py")
+    assert ran.returncode == 0 and "TRACE.json" in ran.stdout, ran.stderr
 
 
 def test_checking_and_porting_need_no_torch():
