@@ -14,8 +14,8 @@ lint: .venv/ready        ## types and style, by settings in pyproject.toml
 	$(RUN) -m mypy
 
 test: .venv/ready        ## the whole test suite; EXAMPLES=2000 makes the property tests look further
-	$(RUN) -m pytest -q tests -m threads
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests -m "not threads" -n auto --dist worksteal
+	$(RUN) -m pytest -q tests porting -m threads
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests porting -m "not threads" -n auto --dist worksteal
 
 parity: .venv/ready      ## logits, greedy text, saved files, chats against transformers, 200 configs
 	$(PIP) transformers==5.23.0 protobuf

@@ -140,7 +140,8 @@ def verify(model: Llama, cache: KVQCache, tokens: list[int], ran: int) -> Tensor
     embedded tokens. Raises ValueError for what a drafter cannot have guessed or run.
     """
     rows, vocab = len(tokens), model.config.vocab_size
-    if rows > len(cache.queries) or not all(0 <= token < vocab for token in tokens):
+    room = min(len(cache.queries), cache.max_len - cache.length)
+    if rows > room or not all(0 <= token < vocab for token in tokens):
         raise ValueError(f"a drafter guessed {tokens[1:]}: too many tokens, or unknown ones")
     if ran and cache.query_layer[:rows] != [ran] * rows:
         raise ValueError(f"a drafter says that layers 0 to {ran - 1} ran, but left no exit queries")

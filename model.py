@@ -37,6 +37,17 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 PREFILL_ROWS = 512  # a long prompt runs through the layers in pieces of this many rows
 
 
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension of (..., dim) (1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
 @dataclass(frozen=True)
 class Config:
     """Shape of a Llama. The comments give the keys of Hugging Face's config.json.
@@ -62,21 +73,6 @@ class Config:
     tied: bool = False  # tie_word_embeddings
     bos: int | None = None  # bos_token_id
     eos: tuple[int, ...] = ()  # eos_token_id: one or a list
-
-
-# --------------------------------------
-# The model
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension of (..., dim) (1910.07467)."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_frequencies(c: Config) -> Tensor:

@@ -278,6 +278,7 @@ def skip_layers(text: str, model: Llama, exit_layer: int) -> dict:
 
 
 def window(text: str, model: Llama, exit_layer: int) -> dict:
+    """window:W."""
     if not re.fullmatch("[0-9]{1,9}", text):
         raise ValueError(f"--drafter window takes a number of positions, not {text!r:.40}")
     return dict(drafter=partial(Window, size=int(text)))

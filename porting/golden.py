@@ -32,8 +32,6 @@ from check import GOLDEN, PARTS, TOLERANCE, committed, error
 
 from decode import Sampling, accept, draft, gumbel, keep_likely, new_cache, next_token, verify
 from model import Llama, load_checkpoint, prefill
-from support.checkpoint import whole_file
-from support.console import command_errors
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 MARGIN = 0.02  # in logits, and a tenth of it in probability

@@ -10,7 +10,7 @@ from numpy_decode import Decoder
 
 transformers = pytest.importorskip("transformers")
 
-from transformers_round import rounds, self_speculate  # noqa: E402
+from transformers_round import rounds, self_speculate
 
 
 def trace() -> dict:

@@ -443,12 +443,12 @@ def test_a_damaged_checkpoint_is_one_line(cli, ckpt, tmp_path, file, damage):
         assert_one_line(run)
 
 
-def test_a_tokenizer_larger_than_the_model_is_one_line(cli, ckpt, tmp_path):
+def test_a_prompt_of_tokens_beyond_the_model_is_one_line(cli, ckpt, tmp_path):
     save_checkpoint(tiny_model(tiny_config(vocab_size=61)), tmp_path)
     (tmp_path / "tokenizer.model").write_bytes((ckpt / "tokenizer.model").read_bytes())
     run = cli(*SHORT, on=tmp_path)
     assert_one_line(run)
-    assert "the tokenizer has 290 tokens, the model only 61" in run.err
+    assert "outside the vocabulary of 61" in run.err
 
 
 def changed(ckpt: Path, path: Path, **keys) -> Path:

@@ -60,21 +60,27 @@ def test_threads_on_one_model_do_not_mix_their_texts(model):
         assert all(map(same_bits, threads.map(text, range(8)), map(text, range(8))))
 
 
-def test_another_exit_than_the_compiled_one_is_refused(model):
-    with pytest.raises(ValueError, match="no graph begins"):
-        next(generate(model, [1, 2], exit_layer=2))
+@pytest.mark.parametrize("exit_layer", [0, 2])
+def test_logits_do_not_depend_on_the_exit_compiled_for(model, exit_layer):
+    """So `--full --compile` and `--exit E --compile` of two commands agree."""
+    whole = tiny_model(model.config, damp_from=1, dtype=model.dtype)
+    compiled.compile_model(whole, exit_layer)
+    assert same_bits(decode_90(whole, [3, 1, 4]), decode_90(model, [3, 1, 4], exit_layer=1))
+
+
+def test_a_pass_within_a_graph_is_refused():
+    whole = compiled.compile_model(tiny_model(tiny_config(**CONFIG), dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="run by 3"):
+        next(generate(whole, [1, 2], exit_layer=2))
 
 
 def test_rows_that_do_not_keep_apart_leave_the_model_plain(monkeypatch):
     class Mixing:
-        def __init__(self, model, cuts):
-            pass
+        def __init__(self, model, group):
+            self.plain, self.unembed = model.run_layers, model.unembed
 
         def run_layers(self, h, *where):
-            return h + len(h)
-
-        def unembed(self, h):
-            return h
+            return self.plain(h, *where) + 1e-4 * len(h)
 
     monkeypatch.setattr(compiled, "Graphs", Mixing)
     model = tiny_model()
@@ -83,23 +89,28 @@ def test_rows_that_do_not_keep_apart_leave_the_model_plain(monkeypatch):
     assert not {"run_layers", "unembed"} & vars(model).keys()
 
 
+def test_wrong_logits_leave_the_model_plain(model, monkeypatch):
+    wrong = lambda weight, shape, pairs: torch.zeros(shape, dtype=weight.dtype)
+    monkeypatch.setattr(compiled, "in_blocks", wrong)
+    with pytest.raises(ValueError, match="not the model's"):
+        compiled.compile_model(tiny_model(model.config, dtype=model.dtype), 1)
+
+
 @pytest.mark.parametrize("dtype, exit_layer", [(torch.float64, 1), (torch.float32, 3)])
 def test_what_cannot_be_compiled_is_refused(dtype, exit_layer):
     with pytest.raises(ValueError, match=r"float32|exit layer"):
         compiled.compile_model(tiny_model(tiny_config(**CONFIG), dtype=dtype), exit_layer)
 
 
-def test_the_same_weights_are_compiled_once(model, monkeypatch, capsys):
-    again, other = (tiny_model(model.config, damp_from=1, dtype=model.dtype) for _ in range(2))
-    name = compiled.fingerprint(again)
-    with monkeypatch.context() as patch:  # would be needed to compile anew
-        patch.setattr(torch.export, "export", None)
-        compiled.compile_model(again, 1)
+def test_a_shape_is_compiled_once_whatever_the_weights(model, monkeypatch, capsys):
+    again = tiny_model(model.config, damp_from=1, dtype=model.dtype)
+    other = tiny_model(model.config, seed=5, dtype=model.dtype)
+    monkeypatch.setattr(torch.export, "export", None)  # would be needed to compile anew
+    for one in (again, other):
+        compiled.compile_model(one, 1)
     assert "compiling" not in capsys.readouterr().err
-    text = lambda model: decode(model, [3, 1, 4], exit_layer=1)
-    assert same_bits(text(again), text(model))
-    other.layers[2].mlp.up_proj.weight.data[5, 5] += 1
-    assert compiled.fingerprint(other) != name
+    assert same_bits(decode(again, [3, 1, 4], exit_layer=1), decode(model, [3, 1, 4]))
+    assert not same_bits(decode(other, [3, 1, 4]), decode(model, [3, 1, 4]))
 
 
 def test_this_pytorchs_products_are_changed_and_put_back():

@@ -56,7 +56,7 @@ def test_every_link_leads_to_a_file_and_every_name_is_there(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_named_in_code_exists(page):
     spans = " ".join(re.findall(r"`([^`]+)`", BLOCK.sub("", read(page))))
-    for name in re.findall(r"(?<![\w/.*])((?:[a-z]+/)*\w+\.py)\b", spans):
+    for name in re.findall(r"(?<![\w/.*])((?:[a-z]+/)*[a-z]\w*\.py)\b", spans):
         places = [ROOT / name, (ROOT / page).parent / name, ROOT / "tests" / name]
         assert any(place.exists() for place in places), name
 
@@ -93,7 +93,7 @@ def test_the_readme_states_speeds_in_one_place():
 def test_modules_classes_and_functions_have_docstrings():
     silent = []
     for room in ("", "support", "extras", "bench", "porting"):
-        for file in sorted((ROOT / room).glob("*.py")):
+        for file in sorted((ROOT / room).glob("[!t]*.py" if room == "porting" else "*.py")):
             tree = ast.parse(file.read_text(encoding="utf-8"))
             named = [n for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)]
             public = [n for n in named if n.name[0] != "_" and n.name != "main"]

@@ -276,8 +276,6 @@ REFUSED = [
     (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor"),
     (dict(rope_scaling=LLAMA3 | {"low_freq_factor": 4.0}), "low_freq_factor"),
     (dict(tie_word_embeddings="false"), "tie_word_embeddings"),
-    (dict(bos_token_id=61), "special token"),
-    *((dict(eos_token_id=eos), "special token") for eos in ([2, -1], {}, True)),
 ]
 
 

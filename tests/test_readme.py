@@ -31,9 +31,8 @@ SMALL = config_option(n_layers=2, dim=16, hidden_dim=32, n_heads=2, n_kv_heads=1
 TINY = "--data corpus --steps 30 --seq 32 --batch 2 --no-compile " + " ".join(SMALL)
 
 RUN = {  # command: options that follow it here, so that it ends soon
-    "python decode.py --compare": SHORT,
+    "python decode.py --compare --temperature 0.8 --top-p 0.9": SHORT,
     'python decode.py --prompt "def quicksort(" --exit 8 --draft 6': SHORT,
-    "python decode.py --temperature 0.8 --top-p 0.9 --seed 7": SHORT,
     "python decode.py --no-verify": SHORT,
     "python -m extras.trace": SHORT,
     'python -m extras.lens --prompt "with open(path" --max-new-tokens 8 --png docs/lens.png': "",
@@ -43,7 +42,7 @@ RUN = {  # command: options that follow it here, so that it ends soon
 NOT_RUN = {  # command: why
     "python decode.py --compile --compare": "compiles for a minute",
     "python -m bench speedup --prompts 3 --runs 3": "test_bench.py runs it on a tiny model",
-    "make demo": "installs; what it shows is decode.py --compare",
+    "make demo": "installs, then runs the first command",
     "make test": "runs this",
     "make parity": "needs transformers",
     "make real": "needs transformers and the real model, as do the next three",
