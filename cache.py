@@ -48,6 +48,9 @@ class KVQCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.queries = torch.zeros(draft_len + 1, dim, dtype=dtype, device=device)
         self.query_layer = [0] * (draft_len + 1)
+        # The same memory as (max_len, n_kv_heads, head_dim) for each layer: a row is one position.
+        self._key_rows = [k.transpose(0, 1) for k in self.keys]
+        self._value_rows = [v.transpose(0, 1) for v in self.values]
 
     @property
     def nbytes(self) -> int:
@@ -56,8 +59,8 @@ class KVQCache:
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Stores k and v (T, n_kv_heads, head_dim) of one layer at positions start..start+T-1."""
-        self.keys[layer, :, start : start + len(k)] = k.transpose(0, 1)
-        self.values[layer, :, start : start + len(v)] = v.transpose(0, 1)
+        self._key_rows[layer][start : start + len(k)] = k
+        self._value_rows[layer][start : start + len(v)] = v
 
     def read(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values (n_kv_heads, end, head_dim) of one layer at positions [0, end): views."""

@@ -207,30 +207,30 @@ def blocks(start: int, rows: int, width: int) -> Iterator[tuple[int, int, int]]:
         first = last
 
 
-def padded_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, width: int) -> Tensor:
-    """Attention of rows q (T, H, hd) over keys and values (Hkv, S, hd): (T, H, hd), T <= width.
+def padded_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention of rows q (T, H, hd) over keys and values (1, Hkv, S, hd): (T, H, hd).
 
     The rows of the pass and the G = H / Hkv heads of a group are together the query rows of a
-    key/value head, padded to width * G: so the cache is read once for all, and a kernel meets one
-    number of rows. mask (width * G, S): see block_mask.
+    key/value head, padded to those of mask (width, G, S): so the cache is read once for all, and
+    the kernel always meets one number of rows.
     """
-    (rows, heads, _), groups = q.shape, len(keys)
-    q = q.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)  # (Hkv, T * G, hd)
-    q = F.pad(q, (0, 0, 0, width * (heads // groups) - q.shape[1]))
-    mixed = F.scaled_dot_product_attention(q[None], keys[None], values[None], attn_mask=mask)[0]
-    mixed = mixed.unflatten(1, (width, -1)).transpose(0, 1)  # (width, Hkv, G, hd)
-    return mixed.flatten(1, 2)[:rows]
+    (rows, heads, size), (width, _, view) = q.shape, mask.shape
+    q = F.pad(q, (0, 0, 0, 0, 0, width - rows)).view(width, keys.shape[1], -1, size)
+    q = q.transpose(0, 1).reshape(1, keys.shape[1], -1, size)  # (1, Hkv, width * G, hd)
+    mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.view(-1, view))
+    mixed = mixed.view(keys.shape[1], width, -1, size).transpose(0, 1)  # (width, Hkv, G, hd)
+    return mixed.reshape(width, heads, size)[:rows]
 
 
 def block_mask(positions: Tensor, view: int, heads: int, width: int, dtype: torch.dtype) -> Tensor:
     """0 where a row at one of `positions` (T,) sees a position of the view, else -inf.
 
-    (width * heads, view): each row as often as it has heads in a group. Rows that pad see all.
+    (width, heads, view), for each head of a group. Rows that only pad see all.
     """
     later = torch.arange(view, device=positions.device) > positions[:, None]  # (T, S)
-    mask = torch.zeros(later.shape, dtype=dtype, device=positions.device)
-    mask = mask.masked_fill(later, -math.inf).repeat_interleave(heads, 0)
-    return F.pad(mask, (0, 0, 0, width * heads - mask.shape[0]))
+    mask = torch.zeros(width, heads, view, dtype=dtype, device=positions.device)
+    mask[: positions.shape[0]].masked_fill_(later[:, None], -math.inf)
+    return mask
 
 
 def safe_width(
@@ -239,12 +239,12 @@ def safe_width(
     """BLOCK_ROWS if padded_attention keeps rows apart here, by trial; else 1: each runs alone."""
     generator = torch.Generator().manual_seed(0)
     for view in (VIEW, 3 * VIEW, 16 * VIEW):
-        shapes = (BLOCK_ROWS, heads, head_dim), *[(groups, view, head_dim)] * 2
+        shapes = (BLOCK_ROWS, heads, head_dim), *[(1, groups, view, head_dim)] * 2
         q, k, v = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
 
         def attend(rows: Tensor) -> Tensor:
             mask = block_mask(view - 1 - rows, view, heads // groups, BLOCK_ROWS, dtype)
-            return padded_attention(q[rows], k, v, mask, BLOCK_ROWS)
+            return padded_attention(q[rows], k, v, mask)
 
         if not keeps_apart(attend, 1, BLOCK_ROWS):
             return 1
@@ -258,23 +258,26 @@ class RowAttention:
     """
 
     def __init__(self, cache: KVQCache, start: int, rows: int, heads: int, width: int):
-        self.cache, self.start, self.width = cache, start, width
+        self.cache, self.start = cache, start
         self.long = row_attention(cache, start, rows) if rows > MAX_ROWS else None
-        self.blocks = []  # (first, last, view, mask)
+        self.blocks: list[tuple] = []  # (first, last, keys and values of each layer, mask)
         positions = torch.arange(start, start + rows, device=cache.keys.device)
         for first, last, view in blocks(start, 0 if self.long else rows, width):
             mask = block_mask(positions[first:last], view, heads, width, cache.keys.dtype)
-            self.blocks.append((first, last, view, mask))
+            both = (x[:, None, :, :view].unbind() for x in (cache.keys, cache.values))
+            self.blocks.append((first, last, *both, mask))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.long:
             return self.long(layer, q, k, v)
         self.cache.write(layer, self.start, k, v)
-        mixed = [
-            padded_attention(q[first:last], *self.cache.read(layer, view), mask, self.width)
-            for first, last, view, mask in self.blocks
-        ]
-        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        if len(self.blocks) == 1:
+            _, _, keys, values, mask = self.blocks[0]
+            return padded_attention(q, keys[layer], values[layer], mask)
+        return torch.cat([
+            padded_attention(q[first:last], keys[layer], values[layer], mask)
+            for first, last, keys, values, mask in self.blocks
+        ])  # fmt: skip
 
 
 # --------------------------------------

@@ -101,7 +101,7 @@ class Layers(nn.Module):
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 all_k.index_copy_(1, positions, k.transpose(0, 1))
                 all_v.index_copy_(1, positions, v.transpose(0, 1))
-                return padded_attention(q, all_k[:, :size], all_v[:, :size], mask, ROWS)
+                return padded_attention(q, all_k[None, :, :size], all_v[None, :, :size], mask)
 
             h = layer(h, cos, sin, attend)
         return h
