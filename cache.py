@@ -9,9 +9,9 @@ Everything is allocated once. A rejected token is forgotten by not moving `lengt
 is copied or concatenated. What lies beyond `length` is dead and will be overwritten.
 
                position   0 . . . . . . . . . . length . . . . . . . max_len
-    K, V  layer 0         [ live in all layers ][ draft rows of layers < E ]   dead
+    K, V  layer 0         [ live in all layers ][ written by the draft     ]
           ...
-          layer L-1       [ live in all layers ][ written by verification  ]   dead
+          layer L-1       [ live in all layers ][ written by verification  ]
     Q     exit queries, by row of the draft     [ row 0 .. row draft_len   ]
 """
 

@@ -7,7 +7,7 @@ the cache:
               values and an exit query q_i; t_{i+1} = pick(unembed(q_i), position n+i) for i < d
     verify    q_0..q_d run through layers [E, L) in one pass;  v_i = pick(logits_i, position n+i)
     accept    v_0..v_a are emitted, where a is the number of leading i with t_{i+1} == v_i
-    rewind    the cache keeps positions 0..n-1+a
+    commit    the cache keeps positions 0..n-1+a; what lies beyond is dead
 
 Plain decoding is the same round with d = 0 and E = 0. The emitted token is always the verifier's,
 and `pick` is a pure function of (logits, seed, position). So the output is the full model's, greedy
@@ -113,7 +113,7 @@ def draft(
     """Guesses up to `limit` tokens after `token`, with layers [0, exit_layer) and the shared head.
 
     Leaves keys, values and exit queries of `token` and of every guess in the cache. So the last
-    guess is run too, though nobody reads its logits here. Drafting stops early where the top
+    guess is run too, without unembedding: the verifier needs its exit query. Stops where the top
     probability is at or below min_confidence (Kangaroo, arXiv 2404.18911, section 3.2), and after
     an EOS. Of a model only embed, run_layers and unembed are used.
     """
@@ -137,7 +137,7 @@ def verify(model: Llama, cache: KVQCache, tokens: list[int], ran: int) -> Tensor
     """The full model's logits (len(tokens), vocab) for tokens after the live positions: one pass.
 
     Layers [ran, L) run on the exit queries that the draft left. With ran = 0 all layers run, on the
-    embedded tokens. Raises ValueError for what a drafter cannot have guessed or run.
+    embedded tokens. Raises ValueError where a drafter's answer is no possible one.
     """
     rows, vocab = len(tokens), model.config.vocab_size
     room = min(len(cache.queries), cache.max_len - cache.length)
@@ -215,7 +215,7 @@ class Round:
 
     drafted: list[int]
     emitted: list[int]  # the accepted tokens and, unless the text ended with them, one more
-    logits: Tensor | None  # (len(emitted), vocab): the full model's, that gave the emitted tokens
+    logits: Tensor | None  # (len(emitted), vocab): the full model's; None once let go
 
     @property
     def accepted(self) -> int:
@@ -241,7 +241,7 @@ def generate(
     exit_layer      E, from 1 to L-1: draft with layers [0, E). 0: no draft, the full model alone.
     draft_len       d, from 1 to MAX_ROWS - 1: the most tokens drafted in a round.
     min_confidence  stops a draft, from 0 (never) to below 1: see draft.
-    drafter         a class like NoDraft, which drafts in place of layers [0, exit_layer).
+    drafter         a subclass of NoDraft, which drafts in place of layers [0, exit_layer).
     eos             ids that end the text; None: the model's own. () never ends it.
 
     Ends after max_new_tokens, after an EOS, or when the context is full. With a model from
@@ -258,7 +258,7 @@ def generate(
 
     prefill(model, cache, tokens[:-1])
     while len(tokens) < end:
-        limit = min(draft_len, end - len(tokens) - 1)  # a round emits one token more than it drafts
+        limit = min(draft_len, end - len(tokens) - 1)  # a round emits up to one token more
         guesses, ran = drafter.draft(tokens, limit, pick)  # layers [0, ran) have run
         logits = verify(model, cache, tokens[-1:] + guesses, ran)  # layers [ran, L), in one pass
         emitted = accept(guesses, logits, len(tokens), pick, eos)  # the verifier's tokens

@@ -49,7 +49,7 @@ class Recipe:
     rescale: bool = setting(False, "divide f_l by its keep probability")
     exits: str = setting("none", "exits that get a loss: none, all, lite, or layers such as 2,4,8")
     curriculum: str = setting("rotational", "C: what a step trains", "rotational", "gradual")
-    rotation: int = setting(0, "R: every exit's turn comes each R steps; 0: one exit a step")
+    rotation: int = setting(0, "R: step t trains exits t, t + R, .. of the list; 0: one a step")
     e_scale: float = setting(1.0, "weight of the early exits against the last")
     uniform_exits: bool = setting(False, "e(l) = e_scale for each early exit, and 1 for the last")
 
@@ -113,8 +113,9 @@ def exit_weights(t: int, layers: int, steps: int, recipe: Recipe) -> dict[int, f
 
     LayerSkip, section 4.1.2: ẽ(t, l) = C(t, l) e(l) / sum_i C(t, i) e(i), where
     e(l) = e_scale sum_{i<=l} i below the last layer and e(L-1) = L-1 + e_scale sum_{i<=L-2} i.
-    The curriculum C is rotational (of the exits every R-th, one further each step) or gradual (from
-    the last layer down, one more every T / 2L steps). The last layer always has its loss.
+    The curriculum C is rotational (at step t the exits whose place in the list is t modulo R) or
+    gradual (from the last layer down, one more every T / 2L steps). The last layer always has its
+    loss.
     """
 
     def e(l: int) -> float:

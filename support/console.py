@@ -25,13 +25,8 @@ from support.checkpoint import CheckpointError, generation_config, refuse_stand_
 from support.tokenizer import Stream, Tokenizer, visible
 
 DEFAULT_CKPT = Path(__file__).parents[1] / "checkpoints" / "pystdlib"
-DEFAULT_PROMPT = '''class Stack:
-    """A last-in, first-out stack."""
-
-    def __init__(self, items=None):
-        self._items = list(items or [])
-
-    def push(self, item):
+DEFAULT_PROMPT = '''def read_table(path, delimiter=","):
+    """Read a table from a text file and return a list of rows."""
 '''
 HELP = partial(RawDescriptionHelpFormatter, max_help_position=26)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

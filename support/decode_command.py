@@ -172,13 +172,25 @@ class Session:
         finally:  # Ctrl-C leaves the line whole, and the statistics
             if show and result.rounds:
                 show.finish()
-                print("\n" + result.summary(), file=sys.stderr)
+                print(f"\n{result.summary()} | {self.how()}", file=sys.stderr)
         plain = collect(self.run(ids, full=True), keep_logits=True) if args.compare else None
         if args.json:
             print(json.dumps(self.as_json(result, text, ids, plain)), flush=True)
         elif plain:
             print(f"full model: {plain.summary()}\n{comparison(result, plain)}", file=sys.stderr)
         return result
+
+    def how(self) -> str:
+        """Who drafts, and how a token is chosen."""
+        s, who = self.settings, "no draft"
+        if s.get("drafter") or s["exit_layer"]:
+            who = self.args.drafter if s.get("drafter") else f"exit {s['exit_layer']}"
+            who += f", draft {s['draft_len']}"
+        sampling = s["sampling"]
+        if not sampling.temperature:
+            return f"{who}, greedy"
+        given = [k for k, v in vars(sampling).items() if v != getattr(Sampling, k) or k == "seed"]
+        return ", ".join([who, *(f"{k.replace('_', '-')} {getattr(sampling, k)}" for k in given)])
 
     def as_json(self, result: Totals, text: str, ids: list[int], full: Totals | None) -> dict:
         """The run as one object; full_ids, identical and speedup only when the full model ran."""
