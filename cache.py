@@ -69,7 +69,8 @@ class KVQCache:
     def commit(self, rows: int) -> None:
         """Makes the first `rows` rows after `length` live: they have been through every layer.
 
-        Rows beyond them stay dead: this is the rewind. Raises ValueError where they do not fit.
+        Rows beyond them stay dead: that is all a rejection does. Raises ValueError where they do
+        not fit.
         """
         if not 0 <= self.length + rows <= self.max_len:
             where = f"after {self.length} of {self.max_len} positions"

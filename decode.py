@@ -123,7 +123,7 @@ def draft(
         h = model.embed(torch.tensor([token], device=cache.keys.device))
         h = model.run_layers(h, 0, exit_layer, cache, position)  # (1, dim)
         cache.queries[row], cache.query_layer[row] = h[0], exit_layer
-        if row == limit or (guesses and token in eos):  # a prompt may end in an EOS
+        if row == limit or (guesses and token in eos):  # a prompt's own EOS ends nothing
             break
         logits = model.unembed(h)[0]  # (vocab,)
         if min_confidence > 0 and logits.float().softmax(-1).max() <= min_confidence:
@@ -263,7 +263,7 @@ def generate(
         logits = verify(model, cache, tokens[-1:] + guesses, ran)  # layers [ran, L), in one pass
         emitted = accept(guesses, logits, len(tokens), pick, eos)  # the verifier's tokens
         drafter.verified(tokens, emitted, logits, pick)
-        cache.commit(len(emitted))  # the rewind: what lies beyond is dead
+        cache.commit(len(emitted))  # what lies beyond is dead
         tokens += emitted
         yield Round(guesses, emitted, logits[: len(emitted)])
         if emitted[-1] in eos:

@@ -70,8 +70,8 @@ def pack(model: Llama) -> Llama:
     model.lm_head = head  # type: ignore[assignment]
     c = model.config
     width = safe_width(c.n_heads, c.n_kv_heads, c.head_dim, model.dtype, model.device)
-    heads = c.n_heads // c.n_kv_heads
-    model.row_attention = partial(RowAttention, heads=heads, width=width)
+    group = c.n_heads // c.n_kv_heads
+    model.row_attention = partial(RowAttention, group=group, width=width)
     return model
 
 
@@ -144,10 +144,9 @@ class RowLinear:
 def safe_rows(way: Callable[[Tensor], Product], weight: Tensor) -> int:
     """The least of 1, 2, 4, 8, 16 such that way(weight) keeps so many rows and more apart; else 0.
 
-    weight (out, in). Found by trial on this machine. The trial's terms cancel in pairs, so that
-    nothing but rounding errors is left of a sum. With random inputs a changed order of summation
-    alters 1 bfloat16 result in 5,000; with these, nearly all. (A head, which is long, is tried as
-    it is.)
+    weight (out, in). Found by trial on this machine. In the trial each row of the weight is (w, -w)
+    and each input (x, x), in a random order: the true sum is 0, so results are rounding errors
+    alone, and any other order of summation shows. (A head, which is long, is tried as it is.)
     """
     out_features, in_features = weight.shape
     generator = torch.Generator().manual_seed(0)
@@ -156,14 +155,14 @@ def safe_rows(way: Callable[[Tensor], Product], weight: Tensor) -> int:
         (half, 2 * half)
     )
 
-    def draw(rows: int, sign: float) -> Tensor:  # a weight's halves are w, -w; an input's x, x
+    def draw(rows: int, sign: float) -> Tensor:
         x = torch.randn(rows, in_features, generator=generator, dtype=torch.float64)
         x[:, second] = sign * x[:, first]
         x[:, left_over] = 0
         return x.to(weight.device, weight.dtype)
 
     product = way(weight if out_features > 1 << 14 else draw(out_features, -1.0))
-    inputs = [draw(MAX_ROWS, 1.0) for _ in range(1 + 64 // out_features)]  # few show little
+    inputs = [draw(MAX_ROWS, 1.0) for _ in range(1 + 64 // out_features)]  # narrow: more
     for least in (1, 2, 4, 8, MAX_ROWS):
         if all(keeps_apart(lambda rows: product(x[rows]), least, MAX_ROWS) for x in inputs):
             return least
@@ -222,28 +221,28 @@ def padded_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> T
     return mixed.reshape(width, heads, size)[:rows]
 
 
-def block_mask(positions: Tensor, view: int, heads: int, width: int, dtype: torch.dtype) -> Tensor:
+def block_mask(positions: Tensor, view: int, group: int, width: int, dtype: torch.dtype) -> Tensor:
     """0 where a row at one of `positions` (T,) sees a position of the view, else -inf.
 
-    (width, heads, view), for each head of a group. Rows that only pad see all.
+    (width, group, view), for each head of a group. Rows that only pad see all.
     """
     later = torch.arange(view, device=positions.device) > positions[:, None]  # (T, S)
-    mask = torch.zeros(width, heads, view, dtype=dtype, device=positions.device)
+    mask = torch.zeros(width, group, view, dtype=dtype, device=positions.device)
     mask[: positions.shape[0]].masked_fill_(later[:, None], -math.inf)
     return mask
 
 
 def safe_width(
-    heads: int, groups: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> int:
     """BLOCK_ROWS if padded_attention keeps rows apart here, by trial; else 1: each runs alone."""
     generator = torch.Generator().manual_seed(0)
     for view in (VIEW, 3 * VIEW, 16 * VIEW):
-        shapes = (BLOCK_ROWS, heads, head_dim), *[(1, groups, view, head_dim)] * 2
+        shapes = (BLOCK_ROWS, heads, head_dim), *[(1, kv_heads, view, head_dim)] * 2
         q, k, v = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
 
         def attend(rows: Tensor) -> Tensor:
-            mask = block_mask(view - 1 - rows, view, heads // groups, BLOCK_ROWS, dtype)
+            mask = block_mask(view - 1 - rows, view, heads // kv_heads, BLOCK_ROWS, dtype)
             return padded_attention(q[rows], k, v, mask)
 
         if not keeps_apart(attend, 1, BLOCK_ROWS):
@@ -257,13 +256,13 @@ class RowAttention:
     Rows run in blocks of one shape. Passes of more than MAX_ROWS rows are prefill: they run whole.
     """
 
-    def __init__(self, cache: KVQCache, start: int, rows: int, heads: int, width: int):
+    def __init__(self, cache: KVQCache, start: int, rows: int, group: int, width: int):
         self.cache, self.start = cache, start
         self.long = row_attention(cache, start, rows) if rows > MAX_ROWS else None
         self.blocks: list[tuple] = []  # (first, last, keys and values of each layer, mask)
         positions = torch.arange(start, start + rows, device=cache.keys.device)
         for first, last, view in blocks(start, 0 if self.long else rows, width):
-            mask = block_mask(positions[first:last], view, heads, width, cache.keys.dtype)
+            mask = block_mask(positions[first:last], view, group, width, cache.keys.dtype)
             both = (x[:, None, :, :view].unbind() for x in (cache.keys, cache.values))
             self.blocks.append((first, last, *both, mask))
 
@@ -271,13 +270,11 @@ class RowAttention:
         if self.long:
             return self.long(layer, q, k, v)
         self.cache.write(layer, self.start, k, v)
-        if len(self.blocks) == 1:
-            _, _, keys, values, mask = self.blocks[0]
-            return padded_attention(q, keys[layer], values[layer], mask)
-        return torch.cat([
+        mixed = [
             padded_attention(q[first:last], keys[layer], values[layer], mask)
             for first, last, keys, values, mask in self.blocks
-        ])  # fmt: skip
+        ]
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
 
 # --------------------------------------

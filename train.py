@@ -49,7 +49,7 @@ class Recipe:
     rescale: bool = setting(False, "divide f_l by its keep probability")
     exits: str = setting("none", "exits that get a loss: none, all, lite, or layers such as 2,4,8")
     curriculum: str = setting("rotational", "C: what a step trains", "rotational", "gradual")
-    rotation: int = setting(0, "R: step t trains exits t, t + R, .. of the list; 0: one a step")
+    rotation: int = setting(0, "R: step t trains each R-th exit from number t mod R; 0: one a step")
     e_scale: float = setting(1.0, "weight of the early exits against the last")
     uniform_exits: bool = setting(False, "e(l) = e_scale for each early exit, and 1 for the last")
 

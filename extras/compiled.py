@@ -174,7 +174,7 @@ def load_graph(file: Path, module: nn.Module) -> Callable:
         constant: in_blocks(weights[name].detach(), tuple(shape), pairs)
         for constant, (name, shape, pairs) in made_of.items()
     }
-    loader.load_constants(constants, False, True, True)  # which are not copied, so
+    loader.load_constants(constants, False, True, True)  # not copied: run keeps them alive
 
     def run(inputs: list[Tensor], kept: dict = constants) -> Tensor:
         return loader.run(inputs)[0]

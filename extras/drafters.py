@@ -211,7 +211,7 @@ class Lookahead(Jacobi):
                 self.pool[token] = following
 
 
-class Window(NoDraft):
+class Window(SkipLayers):
     """The full model, looking at the first 4 and the latest positions only (arXiv 2408.11049).
 
     On a long context a draft then reads the weights without the cache (MagicDec). The verifier
@@ -222,13 +222,9 @@ class Window(NoDraft):
 
     def __init__(self, *context: Any, size: int):
         super().__init__(*context)
-        self.size, self.layers = size, self.model.config.n_layers
-        self.embed, self.unembed = self.model.embed, self.model.unembed
+        self.size = size
         if size < 1:
             raise ValueError(f"a window must have a position or more, not {size}")
-
-    def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
-        return run_draft(self, self.cache, tokens[-1], limit, pick, self.layers, *self.stop), 0
 
     def run_layers(self, h: Tensor, first: int, last: int, cache: KVQCache, start: int) -> Tensor:
         """Llama.run_layers for one row h (1, dim)."""
