@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict] = {
     "exit": dict(type=int, help="exit layer, else the checkpoint's"),
     "draft": dict(type=int, help="draft length, else the checkpoint's"),
     "confidence": dict(type=float, help="drafting stops there, else the checkpoint's"),
+    "context": dict(type=int, help="live positions before a pass, else a prompt's"),
     "exits": dict(type=int, nargs="+", default=[2, 3, 4, 6, 8]),
     "drafts": dict(type=int, nargs="+", default=[2, 4, 6, 10, 15]),
     "drafter": dict(nargs="+", default=[], help="other drafters, as in decode.py"),
@@ -39,7 +40,7 @@ COMMANDS: dict[Callable, tuple[str, dict]] = {  # options, and defaults of their
     sweep: (f"ckpt {DECODING} exits drafts", dict(prompts=5, runs=3)),
     drafters: (f"ckpt task {DECODING} exit draft drafter tries compile", {}),
     peers: (f"ckpt shape {DECODING} exit draft compile", {}),
-    roofline: ("ckpt shape runs dtype device exit draft compile", dict(runs=30)),
+    roofline: ("ckpt shape runs dtype device context exit draft compile", dict(runs=30)),
     ideal: (
         "shape prompts tokens runs exit draft compile dtype device",
         dict(shape="1b", prompts=4, tokens=64, runs=3),

@@ -20,7 +20,9 @@ DAMPINGS = 0.4, 0.2, 0.05  # of `ideal`: some 60, 80 and 95% of the guesses are 
 def pass_seconds(
     model: Llama, context: int, settings: dict, sampling: Sampling, turns: int, **others: Callable
 ) -> dict[str, float]:
-    """Median seconds of a plain step, a draft and its verification, choice of tokens included.
+    """Median seconds of a plain step, a draft, its verification, and d + 1 rows of every layer.
+
+    The choice of tokens counts.
 
     They run after `context` live positions. `others` take turns with them.
     """
@@ -40,6 +42,7 @@ def pass_seconds(
         "plain": lambda: verified(1, 0),
         "draft": lambda: draft(model, cache, 1, d, pick, exit_layer),
         "verify": lambda: verified(d + 1, exit_layer),
+        "all rows": lambda: verified(d + 1, 0),
         **others,
     }
     works: Works = {}
@@ -59,11 +62,13 @@ def pass_bytes(model: Llama, layers: int, positions: int) -> int:
 def roofline(args: Namespace) -> list[Table]:
     """Bytes that a plain step, a draft and a verification must read, against the read bandwidth.
 
+    "all rows" is a verification of a drafter that runs no layers. --context: live positions.
     The bandwidth is that of a buffer of the model's size, up to 1 GiB: a small model lives in the
     processor's cache. A draft runs a row more than it guesses, without the head.
     """
     t = target(args)
-    exit_layer, d, context = t.settings["exit_layer"], t.settings["draft_len"], len(t.prompts[0])
+    exit_layer, d = t.settings["exit_layer"], t.settings["draft_len"]
+    context = args.context or len(t.prompts[0])
     model, end = t.load(t.dtype), context + d + 1
     read = partial(pass_bytes, model)
     layers, head = model.config.n_layers, read(0, 0)
@@ -71,6 +76,7 @@ def roofline(args: Namespace) -> list[Table]:
         "plain": read(layers, context + 1),
         "draft": (d + 1) * read(exit_layer, context + d // 2) - head,
         "verify": read(layers, end) - read(exit_layer, end) + head,
+        "all rows": read(layers, end),
     }
     x = torch.ones(min(must["plain"], 2**30) // (4 * 4096) + 1, 4096, device=t.device)
     reads = dict(sums=lambda: x.sum().item(), products=lambda: torch.mv(x, x[0])[0].item())
