@@ -41,7 +41,7 @@ RUN = {  # command: options that follow it here, so that it ends soon
 }
 NOT_RUN = {  # command: why
     "python decode.py --compile --compare": "compiles for a minute",
-    "python -m bench speedup --prompts 3 --runs 3 --tokens 128": "test_bench.py runs it on a tiny model",
+    "python -m bench speedup --prompts 3 --runs 3 --tokens 128": "test_bench.py runs it, smaller",
     "make demo": "installs, then runs the first command",
     "make test": "runs this",
     "make parity": "needs transformers",
