@@ -326,6 +326,9 @@ def parse_drafter(text: str, model: Llama, exit_layer: int = 1) -> dict:
         settings = dict(exit_layer=0) | ones_own(text)
     else:
         raise ValueError(f"--drafter must be {FORMS}, not {text!r:.40}")
-    if settings["drafter"]:
-        settings["drafter"](model, new_cache(model, 1, 1))  # raises if it must
+    try:
+        if settings["drafter"]:
+            settings["drafter"](model, new_cache(model, 1, 1))  # raises if it must
+    except TypeError as error:
+        raise ValueError(f"--drafter {text:.80} is no class of drafters: {error}") from None
     return settings

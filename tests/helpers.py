@@ -14,7 +14,15 @@ from torch import Tensor
 
 from cache import KVQCache
 from decode import Round, Sampling, generate, new_cache, next_token
-from extras.drafters import Jacobi, LookupExit, PromptLookup, SkipLayers, TwoModels
+from extras.drafters import (
+    Jacobi,
+    Lookahead,
+    LookupExit,
+    PromptLookup,
+    SkipLayers,
+    TwoModels,
+    Window,
+)
 from extras.early_exit import keep_layers
 from extras.kangaroo import Adapter, Kangaroo
 from model import Config, Llama
@@ -91,6 +99,8 @@ DRAFTERS: dict[str, Callable[[Llama, int], dict]] = {
     "lookup": lambda model, e: dict(drafter=PromptLookup),
     "lookup+exit": lambda model, e: dict(drafter=partial(LookupExit, exit_layer=e)),
     "jacobi": lambda model, e: dict(drafter=Jacobi),
+    "lookahead": lambda model, e: dict(drafter=Lookahead),
+    "window": lambda model, e: dict(drafter=partial(Window, size=8 * e)),
 }
 
 

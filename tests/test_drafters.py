@@ -199,7 +199,7 @@ def made(tmp_path, monkeypatch):
     save_checkpoint(tiny_model(tiny_config(vocab_size=60)), tmp_path / "foreign")
     save_adapter(random_adapter(model), tmp_path / "adapter", {})
     (tmp_path / "mine.py").write_text(
-        "from decode import NoDraft\nclass Again(NoDraft):\n"
+        "from decode import NoDraft\nCOUNT = 3\nclass Again(NoDraft):\n"
         "    def draft(self, tokens, limit, pick):\n        return tokens[-1:] * limit, 0\n"
     )
     (tmp_path / "broken.py").write_text("1 / 0")
@@ -244,8 +244,8 @@ def test_the_sublayers_of_an_option_are_read(text, attention, mlp):
 
 UNKNOWN = ["", "look", "lookup:", "model", "model:", "kangaroo:", "exit:2", "skip:", "mine.py"]
 SKIPS = ["3", "attn", "attn:", "attn:x", "ffn:3", "attn:3;4", "attn:3,", "attn:-1", "attn:4"]
-FILES = ["none.py:Again", "mine.py:", "mine.py:None", "broken.py:Again"]
-OTHERS = ["model:none", "kangaroo:none", "model:foreign"]
+FILES = ["none.py:Again", "mine.py:", "mine.py:None", "mine.py:COUNT", "broken.py:Again"]
+OTHERS = ["window:0", "window:x", "model:none", "kangaroo:none", "model:foreign"]
 
 
 @pytest.mark.parametrize("text", [*UNKNOWN, *("skip:" + x for x in SKIPS), *FILES, *OTHERS])
