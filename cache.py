@@ -52,11 +52,6 @@ class KVQCache:
         self._key_rows = [k.transpose(0, 1) for k in self.keys]
         self._value_rows = [v.transpose(0, 1) for v in self.values]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the three buffers."""
-        return self.keys.nbytes + self.values.nbytes + self.queries.nbytes
-
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Stores k and v (T, n_kv_heads, head_dim) of one layer at positions start..start+T-1."""
         self._key_rows[layer][start : start + len(k)] = k

@@ -47,18 +47,20 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        for name, low, high, text in (
-            ("temperature", 1e-6, 1e9, "0 (greedy) or from 1e-6 to 1e9"),
-            ("top_k", 0, 2**63, "0 (off) or positive"),
-            ("top_p", 1e-9, 1, "above 0 and at most 1"),
-            ("seed", 0, 2**64 - 1, "from 0 to 2^64 - 1"),
-        ):
-            value = getattr(self, name)
-            kinds = int if isinstance(low, int) else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                raise TypeError(f"{name} must be a number {text}, not {value!r:.40}")
-            if not low <= value <= high and (name, value) != ("temperature", 0):
-                raise ValueError(f"{name} must be {text}, not {value}")
+        hot = self.temperature != 0
+        in_range("temperature", self.temperature, 1e-6 * hot, 1e9)
+        in_range("top_k", self.top_k, 0, 2**63)
+        in_range("top_p", self.top_p, 1e-9, 1.0)
+        in_range("seed", self.seed, 0, 2**64 - 1)
+
+
+def in_range(name: str, value: Any, low: float, high: float) -> None:
+    """TypeError or ValueError where a setting is no number from low to high; whole if low is."""
+    whole = isinstance(low, int)
+    strange = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
+    if strange or not low <= value <= high:
+        text = f"{name} must be {'a whole' if whole else 'a'} number from {low} to {high}"
+        raise (TypeError if strange else ValueError)(f"{text}, not {value!r:.40}")
 
 
 @lru_cache(maxsize=2 * MAX_ROWS)
@@ -145,10 +147,7 @@ def verify(model: Llama, cache: KVQCache, tokens: list[int], ran: int) -> Tensor
         raise ValueError(f"a drafter guessed {tokens[1:]}: too many tokens, or unknown ones")
     if ran and cache.query_layer[:rows] != [ran] * rows:
         raise ValueError(f"a drafter says that layers 0 to {ran - 1} ran, but left no exit queries")
-    if ran:
-        h = cache.queries[:rows]
-    else:
-        h = model.embed(torch.tensor(tokens, device=cache.keys.device))
+    h = cache.queries[:rows] if ran else model.embed(torch.tensor(tokens, device=model.device))
     h = model.run_layers(h, ran, model.config.n_layers, cache, cache.length)  # (rows, dim)
     return model.unembed(h)
 
@@ -288,17 +287,10 @@ def check_request(
     eos: Collection[int] = (),
 ) -> None:
     """Raises TypeError or ValueError for settings of generate that cannot run."""
-    for what, value, low, high in (
-        ("exit layer", exit_layer, 0, c.n_layers - 1),
-        ("draft length", draft_len, 1, MAX_ROWS - 1),
-        ("number of new tokens", max_new_tokens, 1, math.inf),
-    ):
-        if type(value) is not int:
-            raise TypeError(f"the {what} must be a whole number, not {value!r:.40}")
-        if not low <= value <= high:
-            raise ValueError(f"the {what} must be from {low} to {high}, not {value}")
-    if not isinstance(min_confidence, (int, float)) or not 0 <= min_confidence < 1:
-        raise ValueError(f"the confidence must be from 0 to below 1, not {min_confidence!r:.40}")
+    in_range("exit layer", exit_layer, 0, c.n_layers - 1)
+    in_range("draft length", draft_len, 1, MAX_ROWS - 1)
+    in_range("number of new tokens", max_new_tokens, 1, math.inf)
+    in_range("confidence", min_confidence, 0.0, 1 - 1e-9)
     if not isinstance(sampling, Sampling) or not isinstance(eos, (tuple, list, set)):
         raise TypeError("sampling must be a Sampling, eos a tuple of tokens")
     if not isinstance(prompt_ids, (list, tuple)) or not all(type(t) is int for t in prompt_ids):

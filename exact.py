@@ -1,25 +1,24 @@
-"""Exactness: passes in which a row's result is the same bits whatever else is in the pass.
+"""Exactness: a row's result is the same bits, whatever else is in its pass.
 
 Plain decoding runs one row a pass, verification several. In exact arithmetic both give a row the
-same logits; in floating point a library may add in another order for another number of rows, and
-where two logits nearly tie, another token comes out. Equal bits need one property: a row's result
-depends neither on how many rows share its pass, nor on their content, nor on its place. Four
-things may break it. `pack` replaces the first three:
+same logits. In floating point a library may add in another order for another number of rows, and
+where two logits nearly tie, another token comes out. So a row's result must depend neither on how
+many rows share its pass, nor on their content, nor on its place. Four things may break that, and
+`pack` replaces the first three:
 
     matrix products      BLAS picks a kernel, and its order of summation, by the number of rows.
                          RowLinear finds by trial which numbers of rows agree, and pads up to them.
     attention            A fused kernel picks its blocks by the number of queries and of keys.
-                         RowAttention always gives it the same number of query rows, and a view of
-                         the cache whose length the position alone decides.
+                         exact_attention looks at a view of the cache whose length the position
+                         alone decides, and pads the queries where the trial says so.
     elementwise loops    A vector loop ends in a scalar tail, which may round otherwise: that of
                          exp does; +, *, / and sqrt cannot (IEEE 754 rounds them correctly).
                          PackedNorm uses only these; row_silu gives each row a tail of its own.
     sums over a row      PyTorch splits sums of 32,768 numbers and more between threads. No row
                          of a Llama is as long; pack refuses one.
 
-`pack` also fuses products of the same input, q with k and v, and gate with up: these are faster.
-Everything holds for passes of up to MAX_ROWS rows. Longer ones are prefill, which plain decoding
-and speculation run alike.
+All this holds for passes of up to MAX_ROWS rows. Longer ones are prefill, which plain decoding and
+speculation run alike. For speed, `pack` also fuses q, k and v, and gate and up, into one product.
 """
 
 import math
@@ -51,8 +50,8 @@ def auto_dtype(device: torch.device) -> torch.dtype:
 def pack(model: Llama) -> Llama:
     """Turns a model, in place, into one that decodes to the bit, and returns it.
 
-    Each plain weight is let go as its packed copy is made, so memory holds one set; a packed model
-    no longer trains or saves. A second call does nothing. Raises ValueError for rows too long.
+    Each plain weight is let go as its packed copy is made. A packed model no longer trains or
+    saves. A second call does nothing. Raises ValueError for rows too long.
     """
     if isinstance(model.lm_head, RowLinear):
         return model
@@ -61,17 +60,15 @@ def pack(model: Llama) -> Llama:
     product = partial(RowLinear, {})
     for layer in model.layers:
         layer.self_attn = PackedAttention(layer.self_attn, product)
-        layer.mlp = PackedMLP(layer.mlp, product)
+        layer.mlp = PackedMLP(layer.mlp, product, row_silu)
         layer.input_layernorm = PackedNorm(layer.input_layernorm)
         layer.post_attention_layernorm = PackedNorm(layer.post_attention_layernorm)
     model.norm = PackedNorm(model.norm)
     head = product(model.lm_head)
     del model.lm_head
     model.lm_head = head  # type: ignore[assignment]
-    c = model.config
-    width = safe_width(c.n_heads, c.n_kv_heads, c.head_dim, model.dtype, model.device)
-    group = c.n_heads // c.n_kv_heads
-    model.row_attention = partial(RowAttention, group=group, width=width)
+    group = model.config.n_heads // model.config.n_kv_heads
+    model.row_attention = partial(exact_attention, group=group, pad_to=safe_padding(model))
     return model
 
 
@@ -85,17 +82,14 @@ def linear_product(weight: Tensor) -> Product:
 
 
 def packed_product(weight: Tensor) -> Product:
-    """x -> x W^T with the weight (out, in) copied once into oneDNN's blocked layout.
-
-    Faster than the plain layout, and less sensitive to the number of rows.
-    """
+    """x -> x W^T with the weight (out, in) in oneDNN's blocked layout, which is faster."""
     ops = torch.ops.mkldnn
     packed = ops._reorder_linear_weight(weight)
     return lambda x: ops._linear_pointwise(x, packed, None, "none", [], "")
 
 
 def batched_product(weight: Tensor) -> Product:
-    """x -> x W^T where up to MAX_ROWS rows are a batch of one-row products. weight (out, in)."""
+    """x -> x W^T where a short pass is a batch of one-row products. weight (out, in)."""
     columns = weight.t().contiguous()
 
     def product(x: Tensor) -> Tensor:
@@ -109,8 +103,8 @@ def batched_product(weight: Tensor) -> Product:
 class RowLinear:
     """x (T, in) -> (T, out): one or several linear layers of the same input, as one exact product.
 
-    min_rows is what safe_rows found: 1, any pass will do; M, shorter passes are padded up to M
-    rows; 0, each row runs alone. `probed` holds what it found for weights of one shape.
+    min_rows is what safe_rows found, and `probed` keeps for weights of the same shape: 1, any pass
+    will do; M, shorter passes are padded up to M rows; 0, each row runs alone.
     """
 
     SMALL = 1 << 20  # bytes of a weight up to which calling oneDNN costs more than it saves
@@ -144,33 +138,33 @@ class RowLinear:
 def safe_rows(way: Callable[[Tensor], Product], weight: Tensor) -> int:
     """The least of 1, 2, 4, 8, 16 such that way(weight) keeps so many rows and more apart; else 0.
 
-    weight (out, in). Found by trial on this machine. In the trial each row of the weight is (w, -w)
-    and each input (x, x), in a random order: the true sum is 0, so results are rounding errors
-    alone, and any other order of summation shows. (A head, which is long, is tried as it is.)
+    weight (out, in). Found by trial on this machine: inputs are (x, x) and the weight's rows
+    (w, -w), so results are rounding errors. (A head, which is long, is tried as it is.)
     """
     out_features, in_features = weight.shape
     generator = torch.Generator().manual_seed(0)
-    half = in_features // 2
-    first, second, left_over = torch.randperm(in_features, generator=generator).tensor_split(
-        (half, 2 * half)
-    )
-
-    def draw(rows: int, sign: float) -> Tensor:
-        x = torch.randn(rows, in_features, generator=generator, dtype=torch.float64)
-        x[:, second] = sign * x[:, first]
-        x[:, left_over] = 0
-        return x.to(weight.device, weight.dtype)
-
-    product = way(weight if out_features > 1 << 14 else draw(out_features, -1.0))
-    inputs = [draw(MAX_ROWS, 1.0) for _ in range(1 + 64 // out_features)]  # narrow: more
+    order = torch.randperm(in_features, generator=generator)
+    draw = lambda rows, sign: paired(rows, sign, order, generator).to(weight.device, weight.dtype)
+    product = way(weight if out_features > 1 << 14 else draw((out_features,), -1))
+    inputs = [draw((MAX_ROWS,), 1) for _ in range(1 + 64 // out_features)]  # narrow: more
     for least in (1, 2, 4, 8, MAX_ROWS):
         if all(keeps_apart(lambda rows: product(x[rows]), least, MAX_ROWS) for x in inputs):
             return least
     return 0
 
 
+def paired(shape: tuple[int, ...], sign: int, order: Tensor, generator: torch.Generator) -> Tensor:
+    """(x, sign x) for random x, in an order (n,): (*shape, n), float64.
+
+    A sum of products of such with sign 1 and -1 is 0, but for rounding errors. Those show any
+    other order of summation.
+    """
+    x = torch.randn(*shape, len(order) // 2, generator=generator, dtype=torch.float64)
+    return F.pad(torch.cat([x, sign * x], -1), (0, len(order) % 2))[..., order]
+
+
 def keeps_apart(operation: Callable[[Tensor], Tensor], least: int, most: int) -> bool:
-    """Whether rows have the same bits in every company of `least` to `most` rows, at any place.
+    """Whether rows have the same bits among `least` to `most` rows, at any place.
 
     operation(numbers (T,)) is the result (T, ...) of a pass of the rows with these numbers.
     """
@@ -189,14 +183,14 @@ def keeps_apart(operation: Callable[[Tensor], Tensor], least: int, most: int) ->
 
 
 def view_len(end: int) -> int:
-    """Length of the view of a cache that covers positions [0, end): a function of `end` alone."""
+    """Length of the view of a cache that covers positions [0, end)."""
     return -(-end // VIEW) * VIEW
 
 
 def blocks(start: int, rows: int, width: int) -> Iterator[tuple[int, int, int]]:
-    """Cuts rows at positions start..start+rows-1: (first, last, view), for each block of rows.
+    """Cuts rows at positions start..start+rows-1 into blocks: (first, last, view).
 
-    A block has at most `width` rows, and all of them look at the same length of view.
+    A block has at most `width` rows, which all look at the same length of view.
     """
     first, end = start, start + rows
     while first < end:
@@ -206,75 +200,87 @@ def blocks(start: int, rows: int, width: int) -> Iterator[tuple[int, int, int]]:
         first = last
 
 
-def padded_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Attention of rows q (T, H, hd) over keys and values (1, Hkv, S, hd): (T, H, hd).
 
-    The rows of the pass and the G = H / Hkv heads of a group are together the query rows of a
-    key/value head, padded to those of mask (width, G, S): so the cache is read once for all, and
-    the kernel always meets one number of rows.
+    The rows and the G = H / Hkv heads of a group are together the queries of a key/value head, so
+    the cache is read once for all. They are padded to the rows of mask (at least T, G, S).
     """
-    (rows, heads, size), (width, _, view) = q.shape, mask.shape
-    q = F.pad(q, (0, 0, 0, 0, 0, width - rows)).view(width, keys.shape[1], -1, size)
-    q = q.transpose(0, 1).reshape(1, keys.shape[1], -1, size)  # (1, Hkv, width * G, hd)
+    (rows, heads, size), (height, _, view) = q.shape, mask.shape
+    q = F.pad(q, (0, 0, 0, 0, 0, height - rows)).view(height, keys.shape[1], -1, size)
+    q = q.transpose(0, 1).reshape(1, keys.shape[1], -1, size)  # (1, Hkv, height * G, hd)
     mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.view(-1, view))
-    mixed = mixed.view(keys.shape[1], width, -1, size).transpose(0, 1)  # (width, Hkv, G, hd)
-    return mixed.reshape(width, heads, size)[:rows]
+    mixed = mixed.view(keys.shape[1], height, -1, size).transpose(0, 1)  # (height, Hkv, G, hd)
+    return mixed.reshape(height, heads, size)[:rows]
 
 
-def block_mask(positions: Tensor, view: int, group: int, width: int, dtype: torch.dtype) -> Tensor:
+def block_mask(positions: Tensor, view: int, group: int, pad_to: int, dtype: torch.dtype) -> Tensor:
     """0 where a row at one of `positions` (T,) sees a position of the view, else -inf.
 
-    (width, group, view), for each head of a group. Rows that only pad see all.
+    (T or pad_to, group, view): for each head of a group. Rows that only pad see all.
     """
     later = torch.arange(view, device=positions.device) > positions[:, None]  # (T, S)
-    mask = torch.zeros(width, group, view, dtype=dtype, device=positions.device)
+    height = pad_to if pad_to > 1 else positions.shape[0]
+    mask = torch.zeros(height, group, view, dtype=dtype, device=positions.device)
     mask[: positions.shape[0]].masked_fill_(later[:, None], -math.inf)
     return mask
 
 
-def safe_width(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> int:
-    """BLOCK_ROWS if padded_attention keeps rows apart here, by trial; else 1: each runs alone."""
-    generator = torch.Generator().manual_seed(0)
-    for view in (VIEW, 3 * VIEW, 16 * VIEW):
-        shapes = (BLOCK_ROWS, heads, head_dim), *[(1, kv_heads, view, head_dim)] * 2
-        q, k, v = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
+def safe_padding(model: Llama) -> int:
+    """To how many rows attention must pad to keep rows apart, by trial; 1: not at all.
+
+    0 where no padding helps: each row runs alone. Scores and mixed values are rounding errors.
+    """
+    c, generator = model.config, torch.Generator().manual_seed(0)
+    size, group = c.head_dim, c.n_heads // c.n_kv_heads
+    loud = 0.1 / torch.finfo(torch.promote_types(model.dtype, torch.float32)).eps  # errors near 1
+
+    def keeps(view: int, pad_to: int) -> bool:
+        dims, places = (torch.randperm(n, generator=generator) for n in (size, view))
+        q = loud * paired((BLOCK_ROWS, c.n_heads), 1, dims, generator)
+        k = paired((1, c.n_kv_heads, view), -1, dims, generator)
+        v = paired((1, c.n_kv_heads, size), -1, places, generator).transpose(2, 3)
+        k[:, :, places[view // 2 :]] = k[:, :, places[: view // 2]]  # so v's pairs weigh the same
+        q, k, v = (x.to(model.device, model.dtype).contiguous() for x in (q, k, v))
 
         def attend(rows: Tensor) -> Tensor:
-            mask = block_mask(view - 1 - rows, view, heads // kv_heads, BLOCK_ROWS, dtype)
-            return padded_attention(q[rows], k, v, mask)
+            mask = block_mask(0 * rows.to(q.device) + view, view, group, pad_to, q.dtype)
+            return grouped_attention(q[rows], k, v, mask)
 
-        if not keeps_apart(attend, 1, BLOCK_ROWS):
-            return 1
-    return BLOCK_ROWS
+        return keeps_apart(attend, 1, BLOCK_ROWS)
+
+    tries = (1, BLOCK_ROWS) if size >= 16 else (BLOCK_ROWS,)  # few numbers hide an order
+    for pad_to in tries:
+        if all(keeps(view, pad_to) for view in range(VIEW, 17 * VIEW, 3 * VIEW)):
+            return pad_to
+    return 0
 
 
-class RowAttention:
-    """model.row_attention, held to the bit: attend(layer, q, k, v) for T rows at start..start+T-1.
+def exact_attention(
+    cache: KVQCache, start: int, rows: int, group: int, pad_to: int
+) -> Callable[..., Tensor]:
+    """model.row_attention, held to the bit: returns attend(layer, q, k, v).
 
-    Rows run in blocks of one shape. Passes of more than MAX_ROWS rows are prefill: they run whole.
+    Rows run in blocks, each over a view of its own. A longer pass is prefill, and runs whole.
     """
+    if rows > MAX_ROWS:
+        return row_attention(cache, start, rows)
+    positions = torch.arange(start, start + rows, device=cache.keys.device)
+    parts = []
+    for first, last, view in blocks(start, rows, BLOCK_ROWS if pad_to else 1):
+        mask = block_mask(positions[first:last], view, group, pad_to, cache.keys.dtype)
+        keys, values = (x[:, None, :, :view].unbind() for x in (cache.keys, cache.values))
+        parts.append((first, last, keys, values, mask))
 
-    def __init__(self, cache: KVQCache, start: int, rows: int, group: int, width: int):
-        self.cache, self.start = cache, start
-        self.long = row_attention(cache, start, rows) if rows > MAX_ROWS else None
-        self.blocks: list[tuple] = []  # (first, last, keys and values of each layer, mask)
-        positions = torch.arange(start, start + rows, device=cache.keys.device)
-        for first, last, view in blocks(start, 0 if self.long else rows, width):
-            mask = block_mask(positions[first:last], view, group, width, cache.keys.dtype)
-            both = (x[:, None, :, :view].unbind() for x in (cache.keys, cache.values))
-            self.blocks.append((first, last, *both, mask))
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.long:
-            return self.long(layer, q, k, v)
-        self.cache.write(layer, self.start, k, v)
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.write(layer, start, k, v)
         mixed = [
-            padded_attention(q[first:last], keys[layer], values[layer], mask)
-            for first, last, keys, values, mask in self.blocks
+            grouped_attention(q[first:last], keys[layer], values[layer], mask)
+            for first, last, keys, values, mask in parts
         ]
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+    return attend
 
 
 # --------------------------------------
@@ -298,10 +304,7 @@ class PackedNorm(RMSNorm):
 
 
 class PackedAttention(Attention):
-    """Attention with q, k and v in one product, and q and k in one rotation.
-
-    `product` makes one product of linear layers with the same input, such as RowLinear.
-    """
+    """Attention with q, k and v in one product. `product` makes one of several linear layers."""
 
     def __init__(self, a: Attention, product: Callable):
         nn.Module.__init__(self)  # not Attention's, which would make plain weights
@@ -319,9 +322,9 @@ class PackedAttention(Attention):
 class PackedMLP(MLP):
     """MLP with gate and up in one product."""
 
-    def __init__(self, m: MLP, product: Callable, silu: Callable | None = None):
+    def __init__(self, m: MLP, product: Callable, silu: Callable):
         nn.Module.__init__(self)
-        self.silu = silu or row_silu
+        self.silu = silu
         self.gate_up_proj = product(m.gate_proj, m.up_proj)
         self.down_proj = product(m.down_proj)
 
@@ -333,8 +336,8 @@ class PackedMLP(MLP):
 def row_silu(gate: Tensor) -> Tensor:
     """SiLU whose rows do not see each other; gate (..., T, hidden_dim) is half of gate_up.
 
-    A strided view is looped over row by row, so each row has its own tail, always at its end. From
-    32,768 elements on PyTorch cuts the range between threads wherever it falls: rows go singly.
+    PyTorch loops over such a view row by row, so each row has a tail of its own. From 32,768
+    elements on it cuts the range between threads wherever that falls: then rows go singly.
     """
     if gate.dim() == 2 and gate.shape[0] <= MAX_ROWS and gate.numel() >= 32768:
         return torch.stack([F.silu(row) for row in gate])

@@ -42,7 +42,8 @@ from exact import (
     auto_dtype,
     block_mask,
     blocks,
-    padded_attention,
+    grouped_attention,
+    safe_padding,
 )
 from extras.products import faster_products
 from model import Config, Layer, Llama
@@ -80,9 +81,10 @@ class Layers(nn.Module):
     cos and sin (T, 1, hd). view (S,): a zero for each position that is looked at.
     """
 
-    def __init__(self, layers: Any):
+    def __init__(self, layers: Any, pad_to: int):
         super().__init__()
         self.layers: Any = nn.ModuleList(map(joined_layer, layers))
+        self.pad_to = pad_to
 
     def forward(
         self,
@@ -95,13 +97,13 @@ class Layers(nn.Module):
         values: list[Tensor],
     ) -> Tensor:
         size, a = view.shape[0], self.layers[0].self_attn
-        mask = block_mask(positions, size, a.n_heads // a.n_kv_heads, ROWS, h.dtype)
+        mask = block_mask(positions, size, a.n_heads // a.n_kv_heads, self.pad_to, h.dtype)
         for layer, all_k, all_v in zip(self.layers, keys, values):
 
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 all_k.index_copy_(1, positions, k.transpose(0, 1))
                 all_v.index_copy_(1, positions, v.transpose(0, 1))
-                return padded_attention(q, all_k[None, :, :size], all_v[None, :, :size], mask)
+                return grouped_attention(q, all_k[None, :, :size], all_v[None, :, :size], mask)
 
             h = layer(h, cos, sin, attend)
         return h
@@ -190,6 +192,7 @@ class Graphs:
         # Where no instruction multiplies bfloat16, graphs read a prompt faster than PyTorch.
         slow = model.dtype == torch.bfloat16 != auto_dtype(model.device)
         self.longest = model.config.max_len if slow else MAX_ROWS
+        self.pad_to = safe_padding(model)
         self.known = WeakKeyDictionary[KVQCache, tuple]()
         files = self.files()
         try:
@@ -203,7 +206,7 @@ class Graphs:
         """Makes the graphs of the model's layers and of its head from these files."""
         model, group = self.model, self.group
         parts = range(0, model.config.n_layers, group)
-        modules = (Layers(model.layers[first : first + group]) for first in parts)
+        modules = (Layers(model.layers[first : first + group], self.pad_to) for first in parts)
         self.layers = [load_graph(layers, module) for module in modules]
         self.head = load_graph(head, nn.Sequential(model.norm, model.lm_head))
 
@@ -224,7 +227,7 @@ class Graphs:
         places, zeros, keys, values = self.inputs(cache)
         inputs = (h, *(x[:2] for x in places), zeros[:64], keys, values)
         dynamic = (*[rows] * 4, {0: Dim("view")}, *[[length] * self.group] * 2)
-        compile_graph(files[0], Layers(like.layers), inputs, dynamic)
+        compile_graph(files[0], Layers(like.layers, self.pad_to), inputs, dynamic)
         compile_graph(files[1], nn.Sequential(like.norm, like.lm_head), (h,), (rows,))
         return files
 

@@ -20,7 +20,7 @@ BUDGET = "exactness::a_round_ends_with_budget_context_and_text"
 PASSES = "exactness::short_passes_are_padded_or_run_row_by_row"
 ATTENTION = "exactness::attention_keeps_rows_apart[1]"
 BLOCKS = "exactness::attention_runs_rows_in_blocks_within_a_view"
-MIXING = "exactness::attention_that_mixes_rows_runs_each_alone"
+MIXING = "exactness::attention_that_mixes_rows_is_padded_or_runs_each_alone"
 ANSWER = "drafters::a_wrong_answer_is_refused_and_changes_no_text"
 OWN = "drafters::a_drafters_own_cache_follows_the_text"
 ORACLE = "model::decoding_over_the_cache_is_the_oracles"
@@ -66,17 +66,17 @@ MUTANTS = [
     ("no padding to the safe row count", "exact.py", "0 < self.min_rows <= rows:",
      "0 < self.min_rows:", PASSES),
     ("rows together where none is safe", "exact.py", "x.split(1)", "x.split(2)", PASSES),
-    ("ordinary attention in an exact pass", "exact.py", "if rows > MAX_ROWS else None",
-     "if rows > 1 else None", ATTENTION),
+    ("ordinary attention in an exact pass", "exact.py", "if rows > MAX_ROWS:\n        return row",
+     "if rows > 1:\n        return row", ATTENTION),
     ("a view as long as the pass", "exact.py", "view = view_len(first + 1)", "view = view_len(end)",
      BLOCKS),
     ("rows that straddle a view's end", "exact.py", "first + width, view, end",
      "first + width, end", ATTENTION),
-    ("query rows are not padded", "exact.py", "torch.zeros(width, group",
-     "torch.zeros(positions.shape[0], group", ATTENTION),
-    ("attention is not tried", "exact.py", "            return 1\n", "            pass\n", MIXING),
-    ("attention's width is not the one found", "exact.py", "group=group, width=width)",
-     "group=group, width=BLOCK_ROWS)", MIXING),
+    ("query rows are not padded", "exact.py", "pad_to if pad_to > 1 else positions.shape[0]",
+     "positions.shape[0]", MIXING),
+    ("attention is not tried", "exact.py", "for way in ways):", "for way in ()):", MIXING),
+    ("attention's padding is not the one found", "exact.py", "pad_to=safe_padding(model))",
+     "pad_to=BLOCK_ROWS)", MIXING),
     ("a norm by pow", "exact.py", ".add_(self.floor).sqrt_()",
      ".add_(self.floor).pow_(0.25).square_()", "exactness::sixteen_rows_are_exact_at_any_scale"),
     ("silu over rows together", "exact.py", "gate.numel() >= 32768", "False",

@@ -32,12 +32,11 @@ from exact import (
     MAX_ROWS,
     VIEW,
     PackedNorm,
-    RowAttention,
     RowLinear,
     pack,
     row_silu,
+    safe_padding,
     safe_rows,
-    safe_width,
 )
 from extras.early_exit import keep_layers
 from model import Llama, RMSNorm, rotate
@@ -313,24 +312,26 @@ def test_attention_keeps_rows_apart(count, generator, dtype, groups, heads, head
         same_in_any_company(attend)
 
 
-# An attention that gives a row other bits in company: the mean over the rows is taken off and put
-# back. The trial finds it out, and each row runs alone from then on.
-def test_attention_that_mixes_rows_runs_each_alone(monkeypatch):
-    ran, plain = [], exact.padded_attention
+# Two attentions that give a row other bits: one looks at the number of rows, of which padding makes
+# one number; one takes the mean over rows off and puts it back, and no padding helps.
+@pytest.mark.parametrize("mixes, padding, heights", [(False, 8, {8}), (True, 0, {1})])
+def test_attention_that_mixes_rows_is_padded_or_runs_each_alone(
+    monkeypatch, mixes, padding, heights
+):
+    ran, plain = [], exact.grouped_attention
 
     def mixing(q, keys, values, mask):
-        ran.append(len(q))
-        mixed = plain(q, keys, values, mask)
-        mean = mixed.mean(0)
-        return mixed - mean + mean
+        ran.append(len(mask))
+        mixed = plain(q, keys, values, mask) * (1 + len(mask) / 64)
+        return mixed - mixed.mean(0) + mixed.mean(0) if mixes else mixed
 
-    monkeypatch.setattr(exact, "padded_attention", mixing)
+    monkeypatch.setattr(exact, "grouped_attention", mixing)
     for dtype in DTYPES:
-        assert safe_width(4, 2, 8, dtype, torch.device("cpu")) == 1
+        assert safe_padding(tiny_model(dtype=dtype)) == padding
     model = pack(tiny_model(damp_from=2, damping=0.3))
     ran.clear()
     drafted = decode(model, [3, 1, 4], exit_layer=2, draft_len=MAX_ROWS - 1)
-    assert set(ran) == {1} and fates(drafted.rounds) == {"all", "some", "none"}
+    assert set(ran) == heights and {"some", "none"} <= fates(drafted.rounds)
     assert same_bits(drafted, decode(model, [3, 1, 4]))
 
 
@@ -338,9 +339,7 @@ def test_attention_runs_rows_in_blocks_within_a_view(monkeypatch):
     blocks = lambda start, rows: [*exact.blocks(start, rows, BLOCK_ROWS)]
     assert blocks(0, 1) == [(0, 1, VIEW)] and blocks(VIEW, 8) == [(0, 8, 2 * VIEW)]
     assert blocks(VIEW - 3, 16) == [(0, 3, VIEW), (3, 11, 2 * VIEW), (11, 16, 2 * VIEW)]
-    cache = new_cache(tiny_model(), VIEW, 0)
-    assert RowAttention(cache, 0, MAX_ROWS, 2, 8).long is None
-    assert RowAttention(cache, 0, MAX_ROWS + 1, 2, 8).long and exact.view_len(VIEW) == VIEW
+    assert exact.view_len(VIEW) == VIEW
 
 
 @pytest.mark.parametrize("count", THREADS)
