@@ -74,7 +74,7 @@ MUTANTS = [
      "first + width, end", ATTENTION),
     ("query rows are not padded", "exact.py", "pad_to if pad_to > 1 else positions.shape[0]",
      "positions.shape[0]", MIXING),
-    ("attention is not tried", "exact.py", "for way in ways):", "for way in ()):", MIXING),
+    ("attention is not tried", "exact.py", "if all(keeps(", "if all(True or keeps(", MIXING),
     ("attention's padding is not the one found", "exact.py", "pad_to=safe_padding(model))",
      "pad_to=BLOCK_ROWS)", MIXING),
     ("a norm by pow", "exact.py", ".add_(self.floor).sqrt_()",
