@@ -1,6 +1,7 @@
 """The real model, SmolLM2-135M-Instruct, against transformers; and every drafter on it.
 
-    make real            makes the checkpoint, installs transformers and runs this
+    make real                                        makes the checkpoint, and runs this
+    python tests/real.py --context 8000 --prompts 10    drafters alone, after 2,000 to 8,000 tokens
 
 In float32: logits of 20 texts within 1e-5 relative to the largest, and greedy text equal, of
 prompts and of chats; tokens of 2,000 strings equal; streamed text equal to decoded text; what
@@ -9,12 +10,14 @@ against plain decoding's, in both types, eager and compiled. Exit code 1 where o
 """
 
 import argparse
+import itertools
 import pydoc_data.topics
 import sys
 import tempfile
 from collections.abc import Iterator
-from itertools import product
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -24,12 +27,14 @@ import torch
 import transformers
 from helpers import DRAFTERS, decode, same_bits
 
+import decode as front
 from bench.tasks import held_out_prompts
+from cache import KVQCache
 from decode import Sampling
 from exact import pack
 from extras.chat import Chat
 from extras.compiled import compile_model
-from model import load_checkpoint, save_checkpoint
+from model import Llama, load_checkpoint, prefill, save_checkpoint
 from support.data import read_files, stdlib_files
 from support.tokenizer import Stream, Tokenizer
 
@@ -117,15 +122,37 @@ def against_transformers(tokenizer: Tokenizer) -> str:
     return f"{said}; 2,000 strings, 20 greedy texts and {len(QUESTIONS)} chat answers equal"
 
 
-def drafted(tokenizer: Tokenizer, prompts: int, tokens: int) -> Iterator[int]:
+def starts(tokenizer: Tokenizer, count: int, context: int) -> list[list[int]]:
+    """Prompts: code and requests to repeat, or, for a context, 2,000 to so many tokens of code."""
+    if context:
+        code = "".join(d.text for d in itertools.islice(read_files(stdlib_files()), 60))
+        ids, random = tokenizer.encode(code), np.random.default_rng(0)
+        lengths = np.linspace(2000, context, count).astype(int)
+        return [ids[(at := random.integers(len(ids) - n)) : at + n] for n in lengths]
+    asked = [Chat(CKPT).ask(f"Repeat this:\n{t[:200]}") for t in texts()[: count // 2]]
+    return held_out_prompts(count - count // 2, tokenizer, 64) + asked
+
+
+def prefill_once(kept: dict, model: Llama, cache: KVQCache, tokens: list[int]) -> None:
+    """model.prefill, which copies what it left for the same model and tokens the last time."""
+    key = id(model), *tokens
+    if key not in kept:
+        prefill(model, cache, tokens)
+        kept.clear()
+        kept[key] = [x[:, :, : len(tokens)].clone() for x in (cache.keys, cache.values)]
+    else:
+        for x, known in zip((cache.keys, cache.values), kept[key]):
+            x[:, :, : len(tokens)] = known
+        cache.commit(len(tokens))
+
+
+def drafted(tokenizer: Tokenizer, count: int, tokens: int, context: int) -> Iterator[int]:
     """Tokens of each drafted run. Raises AssertionError where one is not plain decoding's."""
-    half = prompts // 2
-    asked = [Chat(CKPT).ask(f"Repeat this:\n{t[:200]}") for t in texts()[:half]]
-    starts = held_out_prompts(prompts - half, tokenizer, 64) + asked
-    for dtype, compiled in product((torch.bfloat16, torch.float32), (False, True)):
+    prompts = starts(tokenizer, count, context)
+    for dtype, compiled in itertools.product((torch.bfloat16, torch.float32), (False, True)):
         model = load_checkpoint(CKPT, dtype)
         model = compile_model(model, EXIT) if compiled else pack(model)
-        for number, ids in enumerate(starts if compiled else starts[::5]):  # eager is slow
+        for number, ids in enumerate(prompts if compiled else prompts[::5]):  # eager is slow
             how = dict(max_new_tokens=tokens, sampling=Sampling(0.8 * (number % 2), seed=number))
             plain = decode(model, ids, **how)
             for who, make in DRAFTERS.items():
@@ -138,12 +165,15 @@ def main() -> None:
     p = argparse.ArgumentParser(prog="real.py", description=__doc__.splitlines()[0])
     p.add_argument("--prompts", type=int, default=20, help="for each drafter and type, compiled")
     p.add_argument("--tokens", type=int, default=100, help="new tokens of each")
+    p.add_argument("--context", type=int, default=0, metavar="N", help="of the longest prompt")
     args, tokenizer = p.parse_args(), Tokenizer(CKPT)
-    print(against_transformers(tokenizer), flush=True)
+    if not args.context:
+        print(against_transformers(tokenizer), flush=True)
     runs, total = 0, 0
-    for count in drafted(tokenizer, args.prompts, args.tokens):
-        runs, total = runs + 1, total + count
-        print(f"\r{runs} drafted runs", end="", file=sys.stderr, flush=True)
+    with patch.object(front, "prefill", partial(prefill_once, {})):
+        for count in drafted(tokenizer, args.prompts, args.tokens, args.context):
+            runs, total = runs + 1, total + count
+            print(f"\r{runs} drafted runs", end="", file=sys.stderr, flush=True)
     print(f"\n{total:,} tokens in {runs} runs of {len(DRAFTERS)} drafters: 0 differences")
 
 
