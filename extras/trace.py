@@ -21,9 +21,11 @@ from support import console, decode_command
 from support.checkpoint import whole_file
 from support.tokenizer import Stream, Tokenizer, visible
 
+SHARED = "--ckpt", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed"
+
 
 def boxes(r: Round) -> list[tuple[str, int]]:
-    """The tokens of a round, with signs: ✓ accepted, ✗ rejected, - not looked at, + the verifier's.
+    """Tokens of a round, signed: ✓ accepted, ✗ rejected, - not looked at, + the verifier's.
 
     ✓ and + were emitted. After an accepted EOS there is neither ✗ nor +.
     """
@@ -61,40 +63,36 @@ def piece(tokenizer: Tokenizer, token: int) -> str:
 
 def page(
     rounds: list[Round], model: Llama, tokenizer: Tokenizer, prompt_ids: list[int], exit_layer: int
-) -> str:
-    """A run as one page, trace.html, with its data: who said each token, and every exit's word.
-
-    `said` and `sure` hold, for each new token, what the exits 1..L said in its place, and how
-    surely, in per cent.
-    """
+) -> bytes:
+    """A run as one page: trace.html with its data."""
     from extras.lens import exits
 
     tokens, first = prompt_ids + [t for r in rounds for t in r.emitted], len(prompt_ids) - 1
     said, sure = (x[:, first:-1].T for x in exits(model, tokens, first))
-    stream, guesses = Stream(tokenizer, []), [t for r in rounds for t in r.drafted]
-    texts = [stream.feed([token]) for token in tokens]
-    texts[-1] += stream.finish()
-    known = {*tokens, *guesses, *said.flatten().tolist()}
+    seen = {*tokens, *(t for r in rounds for t in r.drafted), *said.flatten().tolist()}
+    stream = Stream(tokenizer, [])
     data = dict(
         layers=model.config.n_layers,
         exit=exit_layer,
         known=len(prompt_ids),
         tokens=tokens,
-        texts=texts,
-        pieces={token: piece(tokenizer, token) for token in known},
-        rounds=[dict(drafted=r.drafted, accepted=r.accepted, emitted=len(r.emitted)) for r in rounds],
+        texts=[stream.feed([token]) for token in tokens],
+        pieces={token: piece(tokenizer, token) for token in seen},
+        rounds=[
+            dict(drafted=r.drafted, accepted=r.accepted, emitted=len(r.emitted)) for r in rounds
+        ],
         said=said.tolist(),
         sure=(100 * sure).int().tolist(),
     )
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # ends no script
-    return Path(__file__).with_suffix(".html").read_text("utf-8").replace("DATA", text)
+    text = json.dumps(data).replace("<", "\\u003c")  # which ends no script
+    return Path(__file__).with_suffix(".html").read_text("utf-8").replace("DATA", text).encode()
 
 
 def parser(name: str, about: str, max_new_tokens: int, *more: str) -> argparse.ArgumentParser:
-    """A command with those options of decode.py that all commands share, and `more` of them."""
+    """A command with the SHARED options of decode.py, and `more` of them."""
     p = argparse.ArgumentParser(prog=f"python -m extras.{name}", description=about)
     options = decode_command.parser()._option_string_actions
-    for option in ("--ckpt", "--prompt", "--max-new-tokens", "--temperature", "--seed", *more):
+    for option in (*SHARED, *more):
         p._add_action(options[option])
     p.set_defaults(max_new_tokens=max_new_tokens)
     return p
@@ -111,7 +109,7 @@ def start(args: argparse.Namespace) -> tuple[Llama, Tokenizer, list[int], dict]:
 
 
 def wanted(path: Path | None) -> AbstractContextManager[IO[bytes] | None]:
-    """The file of an option, written whole or not at all; None without the option."""
+    """A whole_file at `path`; None without one."""
     return whole_file(path) if path else nullcontext()
 
 
@@ -131,8 +129,7 @@ def main() -> None:
         if file:
             file.write(json.dumps(trace_json(result.rounds, ids, settings)).encode() + b"\n")
         if html:
-            e = settings["exit_layer"]
-            html.write(page(result.rounds, model, tokenizer, ids, e).encode())
+            html.write(page(result.rounds, model, tokenizer, ids, settings["exit_layer"]))
 
 
 if __name__ == "__main__":
