@@ -122,22 +122,21 @@ def draw(file: IO[bytes], words: list[list[str]], shades: Tensor, needed: list[i
     no_exit = torch.full((1, count), float("nan"))  # the row of tokens
     cells = torch.cat([no_exit, shades]).numpy()
     font: dict = dict(ha="center", va="center", size=7.5, family="monospace", parse_math=False)
+    edges, line = [t - 0.5 for t in range(count + 1)], [e - 0.5 for e in needed]
     for band, axis in enumerate(figure.subplots(bands, squeeze=False)[:, 0]):
-        shown = range(band * BAND, min((band + 1) * BAND, count))
-        part = slice(shown.start, shown.stop)
-        axis.imshow(cells[:, part], cmap=colours, vmin=-1.2, vmax=1.2, aspect="auto")
+        shown = range(count)[band * BAND :][:BAND]
+        axis.imshow(cells, cmap=colours, vmin=-1.2, vmax=1.2, aspect="auto")
         for row, t in product(range(layers + 1), shown):
             word = words[row][t]
-            word = word if len(word) < 9 else word[:7] + "…"
-            axis.text(t - shown.start, row, word, **font)
-        edges, line = [t - 0.5 for t in range(len(shown) + 1)], [e - 0.5 for e in needed[part]]
+            axis.text(t, row, word if len(word) < 9 else word[:7] + "…", **font)
         axis.stairs(line, edges, baseline=None, color="black")
-        axis.set(xticks=[], xlim=(-0.5, wide - 0.5), ylabel="exit")
+        axis.set(xticks=[], xlim=(shown[0] - 0.5, shown[0] + wide - 0.5), ylabel="exit")
     axis.set(xlabel="token of the text (+: new)")
     told = "as the last layer", "not so (stronger: surer)"
-    keys = [Patch(color=colours(x), label=text) for x, text in zip((0.85, 0.15), told)]
-    keys.append(Line2D([], [], color="black", label="below: no change"))
-    figure.legend(handles=keys, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    patches = [Patch(color=colours(x), label=text) for x, text in zip((0.85, 0.15), told)]
+    change = Line2D([], [], color="black", label="below: no change")
+    where: dict = dict(loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(handles=[*patches, change], **where)
     figure.savefig(file, dpi=200, format="png")
 
 

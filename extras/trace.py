@@ -2,7 +2,7 @@
 
     python -m extras.trace --prompt "def add(a, b):" --exit 6 --draft 8
     python -m extras.trace --json trace.json        also as data, for porting/check.py
-    python -m extras.trace --html trace.html        as a page: each round drawn, and its lens
+    python -m extras.trace --html trace.html        as a page to look at
 
 The other commands take their options and the look of a token from here.
 """
@@ -50,6 +50,7 @@ def trace_json(rounds: list[Round], prompt_ids: list[int], settings: dict) -> di
         entries.append({name: getattr(r, name) for name in names} | dict(length=length))
     repeat = {**settings, **asdict(settings["sampling"])}
     del repeat["sampling"]
+    repeat.pop("drafter", None)
     case = dict(name="trace", prompt=prompt_ids, settings=repeat, rounds=entries)
     return {"format": "layerskip-trace-1", "cases": [case]}
 
@@ -99,17 +100,14 @@ def parser(name: str, about: str, max_new_tokens: int, *more: str) -> argparse.A
 
 
 def start(args: argparse.Namespace) -> tuple[Llama, Tokenizer, list[int], dict]:
-    """The packed model, its tokenizer, the prompt's ids, and the settings of generate.
-
-    Raises ValueError, one line, on what cannot be used.
-    """
+    """The packed model, its tokenizer, the prompt's ids, generate's settings. Or ValueError."""
     whole = vars(decode_command.parser().parse_args([])) | vars(args)
     s = decode_command.Session(argparse.Namespace(**whole), args.prompt)
     return s.model, s.tokenizer, s.encode(args.prompt), s.settings
 
 
 def wanted(path: Path | None) -> AbstractContextManager[IO[bytes] | None]:
-    """A whole_file at `path`; None without one."""
+    """A whole_file at `path`, or None."""
     return whole_file(path) if path else nullcontext()
 
 
@@ -118,7 +116,7 @@ def main() -> None:
     p = parser("trace", "Show each round of a generation.", 64, *own)
     add = p.add_argument
     add("--json", type=Path, metavar="FILE", help="write the rounds as data, too")
-    add("--html", type=Path, metavar="FILE", help="write them as a page to look at, too")
+    add("--html", type=Path, metavar="FILE", help="write them as a page, too")
     args = p.parse_args()
     with console.command_errors(p.prog), wanted(args.json) as file, wanted(args.html) as html:
         model, tokenizer, ids, settings = start(args)

@@ -175,7 +175,7 @@ def save(trainer: Trainer, held_out: Tokens, identity: dict) -> None:
         about = dict(recipe=asdict(trainer.recipe), seed=s.seed, steps=trainer.step)
         about |= dict(tokens=trainer.step * s.batch * s.seq, held_out=found)
         run.describe(about, drafting(found, trainer.recipe))
-        run.say(f"\r{worth(found)}")
+        run.say(f"\n{worth(found)}")
     state = state_tensors(trainer.parameters, trainer.optimizer)
     run.save_state(state, {"step": trainer.step, "settings": identity})
 
