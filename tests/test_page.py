@@ -45,11 +45,17 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture
-def shown(run, browser, tmp_path):
-    """The page of the run in the browser; afterwards no script of it may have failed."""
+def url(run, tmp_path):
+    """Where the page of the run is."""
     model, tokenizer, ids, rounds = run
     (tmp_path / "page.html").write_bytes(trace.page(rounds, model, tokenizer, ids, 2))
-    browser.open(f"file://{tmp_path}/page.html")
+    return f"file://{tmp_path}/page.html"
+
+
+@pytest.fixture
+def shown(browser, url):
+    """The page of the run in the browser; afterwards no script of it may have failed."""
+    browser.open(url)
     yield browser
     assert browser.said == []
 
@@ -205,10 +211,10 @@ def test_a_plain_run_after_one_token_has_no_queries(run, browser, tmp_path):
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_page_fits_phone_and_desk_in_light_and_dark(browser, width):
+def test_a_page_fits_phone_and_desk_in_light_and_dark(browser, url, width):
     shades = {}
     for scheme in ("light", "dark"):
-        browser.open(f"file://{ROOT}/docs/trace.html", width, 844, scheme)
+        browser.open(url, width, 844, scheme)
         assert browser.run("document.documentElement.scrollWidth") <= width
         body = browser.run("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
         shades[scheme] = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in body]
