@@ -94,6 +94,7 @@ def test_a_page_is_one_file_whose_data_is_the_run_and_ends_no_script(run):
 
 
 def test_the_page_in_docs_is_todays_and_small():
+    """Made by extras.trace --html docs/trace.html --max-new-tokens 256, sampled as make demo."""
     file = ROOT / "docs" / "trace.html"
     template = (ROOT / "extras" / "trace.html").read_text(encoding="utf-8")
     assert DATA.sub("DATA", file.read_text(encoding="utf-8")) == template
