@@ -7,7 +7,6 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import pairwise, product, takewhile
 from pathlib import Path
 from timeit import repeat
@@ -18,12 +17,12 @@ from torch import Tensor
 
 from decode import check_request, generate, new_cache
 from exact import MAX_ROWS
-from extras.trace import parser, piece, start
+from extras.trace import parser, piece, start, wanted
 from model import PREFILL_ROWS, Llama
-from support.checkpoint import whole_file
 from support.console import command_errors
 
 SHORTEST, LONGEST = 16, 128  # tokens of a prompt that choose_exit needs and reads
+BAND = 24  # columns of a picture; more are wrapped
 
 
 @torch.inference_mode()
@@ -105,24 +104,39 @@ def pass_seconds(model: Llama) -> Callable[[int, int], float]:
 
 
 def draw(file: IO[bytes], words: list[list[str]], shades: Tensor, needed: list[int]) -> None:
-    """A PNG: a column per token, a row per exit, and a black line at the layers needed.
+    """A PNG: a column per token, a row per exit, and a black line at the layers needed; in bands.
 
     `words` are the text's tokens, and what each exit says after them. shades (L, T) are how sure
     it is, negative where the last layer disagrees.
     """
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     layers, count = shades.shape
-    figure = Figure((0.5 + 0.66 * count, 0.4 + 0.165 * layers), layout="constrained")
+    bands, wide = -(-count // BAND), min(count, BAND)
+    size = 0.6 + 0.66 * wide, 0.6 + (0.3 + 0.165 * layers) * bands
+    figure = Figure(size, layout="constrained")
+    colours = LinearSegmentedColormap.from_list("", ["#e66100", "white", "#2c7bd0"])
     no_exit = torch.full((1, count), float("nan"))  # the row of tokens
-    axis, cells = figure.subplots(), torch.cat([no_exit, shades]).numpy()
-    axis.imshow(cells, cmap="RdYlGn", vmin=-1.4, vmax=1.4, aspect="auto")
+    cells = torch.cat([no_exit, shades]).numpy()
     font: dict = dict(ha="center", va="center", size=7.5, family="monospace", parse_math=False)
-    for row, t in product(range(layers + 1), range(count)):
-        axis.text(t, row, words[row][t][:8], **font)
     edges, line = [t - 0.5 for t in range(count + 1)], [e - 0.5 for e in needed]
-    axis.stairs(line, edges, baseline=None, color="black")
-    axis.set(xticks=[], ylabel="exit")
+    for band, axis in enumerate(figure.subplots(bands, squeeze=False)[:, 0]):
+        shown = range(count)[band * BAND :][:BAND]
+        axis.imshow(cells, cmap=colours, vmin=-1.2, vmax=1.2, aspect="auto")
+        for row, t in product(range(layers + 1), shown):
+            word = words[row][t]
+            axis.text(t, row, word if len(word) < 9 else word[:7] + "…", **font)
+        axis.stairs(line, edges, baseline=None, color="black")
+        axis.set(xticks=[], xlim=(shown[0] - 0.5, shown[0] + wide - 0.5), ylabel="exit")
+    axis.set(xlabel="token of the text (+: new)")
+    told = "as the last layer", "not so (stronger: surer)"
+    patches = [Patch(color=colours(x), label=text) for x, text in zip((0.85, 0.15), told)]
+    change = Line2D([], [], color="black", label="below: no change")
+    where: dict = dict(loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(handles=[*patches, change], **where)
     figure.savefig(file, dpi=200, format="png")
 
 
@@ -130,8 +144,7 @@ def main() -> None:
     p = parser("lens", "Show what every exit would say next.", 12)
     p.add_argument("--png", type=Path, metavar="FILE", help="draw it, too")
     args = p.parse_args()
-    wanted = whole_file(args.png) if args.png else nullcontext()
-    with command_errors(p.prog), wanted as file:
+    with command_errors(p.prog), wanted(args.png) as file:
         model, tokenizer, ids, settings = start(args)
         rounds = generate(model, ids, **settings | dict(exit_layer=0))
         tokens = ids + [t for r in rounds for t in r.emitted]

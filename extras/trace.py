@@ -2,6 +2,7 @@
 
     python -m extras.trace --prompt "def add(a, b):" --exit 6 --draft 8
     python -m extras.trace --json trace.json        also as data, for porting/check.py
+    python -m extras.trace --html trace.html        as a page to look at
 
 The other commands take their options and the look of a token from here.
 """
@@ -9,20 +10,22 @@ The other commands take their options and the look of a token from here.
 import argparse
 import json
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
-from decode import Round, Sampling, generate
-from exact import pack
+from decode import Round, generate
 from model import Llama
-from support import console
+from support import console, decode_command
 from support.checkpoint import whole_file
-from support.tokenizer import Tokenizer, visible
+from support.tokenizer import Stream, Tokenizer, visible
+
+SHARED = "--ckpt", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed"
 
 
 def boxes(r: Round) -> list[tuple[str, int]]:
-    """The tokens of a round, with signs: ✓ accepted, ✗ rejected, - not looked at, + the verifier's.
+    """Tokens of a round, signed: ✓ accepted, ✗ rejected, - not looked at, + the verifier's.
 
     ✓ and + were emitted. After an accepted EOS there is neither ✗ nor +.
     """
@@ -47,6 +50,7 @@ def trace_json(rounds: list[Round], prompt_ids: list[int], settings: dict) -> di
         entries.append({name: getattr(r, name) for name in names} | dict(length=length))
     repeat = {**settings, **asdict(settings["sampling"])}
     del repeat["sampling"]
+    repeat.pop("drafter", None)
     case = dict(name="trace", prompt=prompt_ids, settings=repeat, rounds=entries)
     return {"format": "layerskip-trace-1", "cases": [case]}
 
@@ -58,41 +62,63 @@ def piece(tokenizer: Tokenizer, token: int) -> str:
     return visible(text.translate({10: "⏎", 9: "→", 32: "·"})) or f"<{token}>"
 
 
-def parser(name: str, about: str, max_new_tokens: int) -> argparse.ArgumentParser:
-    """The options that the commands share."""
+def page(
+    rounds: list[Round], model: Llama, tokenizer: Tokenizer, prompt_ids: list[int], exit_layer: int
+) -> bytes:
+    """A run as one page: trace.html with its data."""
+    from extras.lens import exits
+
+    tokens, first = prompt_ids + [t for r in rounds for t in r.emitted], len(prompt_ids) - 1
+    said, sure = (x[:, first:-1].T for x in exits(model, tokens, first))
+    seen = {*tokens, *(t for r in rounds for t in r.drafted), *said.flatten().tolist()}
+    stream = Stream(tokenizer, [])
+    data = dict(
+        layers=model.config.n_layers,
+        exit=exit_layer,
+        known=len(prompt_ids),
+        tokens=tokens,
+        texts=[stream.feed([token]) for token in tokens],
+        pieces={token: piece(tokenizer, token) for token in seen},
+        rounds=[
+            dict(drafted=r.drafted, accepted=r.accepted, emitted=len(r.emitted)) for r in rounds
+        ],
+        said=said.tolist(),
+        sure=(100 * sure).int().tolist(),
+    )
+    text = json.dumps(data).replace("<", "\\u003c")  # which ends no script
+    return Path(__file__).with_suffix(".html").read_text("utf-8").replace("DATA", text).encode()
+
+
+def parser(name: str, about: str, max_new_tokens: int, *more: str) -> argparse.ArgumentParser:
+    """A command with the SHARED options of decode.py, and `more` of them."""
     p = argparse.ArgumentParser(prog=f"python -m extras.{name}", description=about)
-    add = p.add_argument
-    add("--ckpt", type=Path, default=console.DEFAULT_CKPT, metavar="DIR", help="checkpoint")
-    add("--prompt", default=console.DEFAULT_PROMPT, help="text to go on from")
-    add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help="%(default)s")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    add("--seed", type=int, default=0, help="of sampling")
+    options = decode_command.parser()._option_string_actions
+    for option in (*SHARED, *more):
+        p._add_action(options[option])
+    p.set_defaults(max_new_tokens=max_new_tokens)
     return p
 
 
 def start(args: argparse.Namespace) -> tuple[Llama, Tokenizer, list[int], dict]:
-    """The packed model, its tokenizer, the prompt's ids, and the settings of generate.
+    """The packed model, its tokenizer, the prompt's ids, generate's settings. Or ValueError."""
+    whole = vars(decode_command.parser().parse_args([])) | vars(args)
+    s = decode_command.Session(argparse.Namespace(**whole), args.prompt)
+    return s.model, s.tokenizer, s.encode(args.prompt), s.settings
 
-    Raises ValueError, one line, on what cannot be used.
-    """
-    model, tokenizer = console.load(args.ckpt)
-    settings = console.default_settings(args.ckpt, model.config, tokenizer)
-    settings["max_new_tokens"] = args.max_new_tokens
-    settings["sampling"] = Sampling(args.temperature, seed=args.seed)
-    settings |= {k: v for k, v in vars(args).items() if k in settings and v is not None}
-    return pack(model), tokenizer, tokenizer.encode(args.prompt), settings
+
+def wanted(path: Path | None) -> AbstractContextManager[IO[bytes] | None]:
+    """A whole_file at `path`, or None."""
+    return whole_file(path) if path else nullcontext()
 
 
 def main() -> None:
-    p = parser("trace", "Show each round of a generation.", 64)
+    own = "--exit", "--draft", "--min-confidence", "--full"
+    p = parser("trace", "Show each round of a generation.", 64, *own)
     add = p.add_argument
-    add("--exit", type=int, dest="exit_layer", metavar="E", help="draft with the first E layers")
-    add("--draft", type=int, dest="draft_len", metavar="D", help="the most tokens drafted a round")
-    add("--min-confidence", type=float, metavar="C", help="stop drafting at or below this")
     add("--json", type=Path, metavar="FILE", help="write the rounds as data, too")
+    add("--html", type=Path, metavar="FILE", help="write them as a page, too")
     args = p.parse_args()
-    wanted = whole_file(args.json) if args.json else nullcontext()
-    with console.command_errors(p.prog), wanted as file:
+    with console.command_errors(p.prog), wanted(args.json) as file, wanted(args.html) as html:
         model, tokenizer, ids, settings = start(args)
         print("✓ accepted, ✗ rejected, - not looked at; + the verifier's own", file=sys.stderr)
         rounds = generate(model, ids, **settings)
@@ -100,6 +126,8 @@ def main() -> None:
         print(result.summary(), file=sys.stderr)
         if file:
             file.write(json.dumps(trace_json(result.rounds, ids, settings)).encode() + b"\n")
+        if html:
+            html.write(page(result.rounds, model, tokenizer, ids, settings["exit_layer"]))
 
 
 if __name__ == "__main__":

@@ -175,8 +175,17 @@ def save(trainer: Trainer, held_out: Tokens, identity: dict) -> None:
         about = dict(recipe=asdict(trainer.recipe), seed=s.seed, steps=trainer.step)
         about |= dict(tokens=trainer.step * s.batch * s.seq, held_out=found)
         run.describe(about, drafting(found, trainer.recipe))
+        run.say(f"\n{worth(found)}")
     state = state_tensors(trainer.parameters, trainer.optimizer)
     run.save_state(state, {"step": trainer.step, "settings": identity})
+
+
+def worth(found: dict) -> str:
+    """What `evaluate` found of four exits, spread evenly, and of the last layer: one line."""
+    *exits, last = found
+    shown = [*exits[:: -(-len(exits) // 4)], last]
+    text = (f"{e}:{found[e]['loss']:.2f} {found[e]['agreement']:.0%}" for e in shown)
+    return "held out, exit:loss agreement  " + "  ".join(text)
 
 
 def drafting(found: dict[int, dict[str, float]], recipe: Recipe) -> dict:
@@ -240,6 +249,7 @@ def compile(trainer: Trainer) -> None:
     objective.exit_loss = torch.compile(objective.exit_loss)  # type: ignore[method-assign]
     batch = s.batch // trainer.run.world // s.accumulate
     tokens = torch.zeros(batch, s.seq, dtype=torch.long, device=trainer.device)
+    trainer.run.say("compiling (about 30 s; --no-compile goes without)")
     mask, weights = np.ones((layers, batch), bool), {1: 0.5, layers: 0.5}
     fast = torch.autocast(trainer.device.type, torch.bfloat16, enabled=s.bf16)
     with compiler_errors("give --no-compile"), fast:

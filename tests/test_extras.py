@@ -308,7 +308,7 @@ def test_boxes_hold_exactly_the_tokens_of_the_round(case):
 HOW = {
     "early exit": "--exit 2 --draft 4 --min-confidence 0",
     "sampled": "--exit 1 --draft 3 --temperature 0.9 --seed 3",
-    "plain": "--exit 0",
+    "plain": "--full",
 }
 NAMES = ["temperature", "top_k", "top_p", "seed"]
 

@@ -34,7 +34,7 @@ RUN = {  # command: options that follow it here, so that it ends soon
     "python decode.py --compare --temperature 0.8 --top-p 0.9": SHORT,
     'python decode.py --prompt "def quicksort(" --exit 8 --draft 6': SHORT,
     "python decode.py --no-verify": SHORT,
-    "python -m extras.trace": SHORT,
+    "python -m extras.trace --html page.html": SHORT,
     'python -m extras.lens --prompt "with open(path" --max-new-tokens 8 --png docs/lens.png': "",
     "python train.py --out runs/small --steps 500": TINY,
     "python decode.py --ckpt runs/small --compare": SHORT,
