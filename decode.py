@@ -59,7 +59,7 @@ def in_range(name: str, value: Any, low: float, high: float) -> None:
     whole = isinstance(low, int)
     strange = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
     if strange or not low <= value <= high:
-        text = f"{name} must be {'a whole' if whole else 'a'} number from {low} to {high}"
+        text = f"{name} must be {'whole, ' * (strange and whole)}from {low} to {high}"
         raise (TypeError if strange else ValueError)(f"{text}, not {value!r:.40}")
 
 
@@ -147,7 +147,10 @@ def verify(model: Llama, cache: KVQCache, tokens: list[int], ran: int) -> Tensor
         raise ValueError(f"a drafter guessed {tokens[1:]}: too many tokens, or unknown ones")
     if ran and cache.query_layer[:rows] != [ran] * rows:
         raise ValueError(f"a drafter says that layers 0 to {ran - 1} ran, but left no exit queries")
-    h = cache.queries[:rows] if ran else model.embed(torch.tensor(tokens, device=model.device))
+    if ran:
+        h = cache.queries[:rows]
+    else:
+        h = model.embed(torch.tensor(tokens, device=cache.keys.device))
     h = model.run_layers(h, ran, model.config.n_layers, cache, cache.length)  # (rows, dim)
     return model.unembed(h)
 
