@@ -26,6 +26,7 @@ from support.checkpoint import whole_file
 from support.tokenizer import Tokenizer
 
 ROWS = {".jsonl", ".ndjson", ".json"}  # suffixes of files of rows
+DOCUMENT_ROW = '{"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}]}'
 Say = Callable[[str], object]  # tells a person; str tells nobody
 Render = Callable[[tuple], tuple[list[int], list[bool]]]  # messages -> ids, and which have a loss
 HELD_OUT = 0.04  # share of documents that training never sees
@@ -91,11 +92,13 @@ def read_files(files: Iterable[Path], say: Say = str) -> Iterator[Document]:
         say(f"skipped {skipped} files that are not UTF-8 text")
 
 
-def read_rows(path: Path) -> Iterator[Document]:
-    """Each row of a file as a document: a line, or an element of the array that .json may hold.
+def read_rows(path: Path, make: Callable | None = None, wanted: str = DOCUMENT_ROW) -> Iterator:
+    """What `make` makes of each row of a file, documents if None.
 
-    Raises ValueError where a row is none; NoText for a .json file of another kind.
+    A row is a line, or an element of the array that .json may hold. Raises ValueError where a row
+    is not what is wanted; NoText for a .json file of another kind.
     """
+    make = make or row_document
     wrong, number = NoText if path.suffix.lower() == ".json" else ValueError, 0
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -103,13 +106,12 @@ def read_rows(path: Path) -> Iterator[Document]:
             file.seek(0)
             for number, row in enumerate(json.load(file) if array else file, 1):
                 if array or row.strip():
-                    yield row_document(row if array else json.loads(row), f"{path.name}:{number}")
+                    yield make(row if array else json.loads(row), f"{path.name}:{number}")
     except UnicodeDecodeError:
         raise wrong(f"{path} is not UTF-8 text") from None
     except UnicodeEncodeError:
         raise ValueError(f"{path}, row {number} holds half a surrogate pair") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        wanted = '{"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}]}'
         wrong = wrong if number < 2 else ValueError
         raise wrong(f"{path}, row {number} is not {wanted}") from None
 
@@ -126,6 +128,34 @@ def row_document(row: dict, name: str) -> Document:
         text = row["text"]
     "".join((text, prompt)).encode()  # refuses what is no text, and half a surrogate pair
     return Document(name, text, prompt, messages=messages)
+
+
+def prompt_row(row: dict, name: str) -> dict:
+    """A row whose "prompt", or "text", is a prompt. Fails in one of several ways without one."""
+    prompt = row["prompt"] if "prompt" in row else row["text"]
+    if not prompt.encode():
+        raise ValueError
+    return row | {"prompt": prompt}
+
+
+def read_prompts(path: Path) -> list[dict]:
+    """The rows of a .jsonl or .json file, {"prompt", ...}; any other file of text is one prompt.
+
+    Raises ValueError where the file is neither or holds no prompt.
+    """
+    if not path.is_file():
+        raise ValueError(f"no file of prompts at {path}")
+    if path.suffix.lower() in ROWS:
+        rows = list(read_rows(path, prompt_row, '{"prompt": TEXT} or {"text": TEXT}'))
+    else:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not UTF-8 text") from None
+        rows = [{"prompt": text}] if text else []
+    if not rows:
+        raise ValueError(f"{path} holds no prompt")
+    return rows
 
 
 def read_corpus(sources: list[str], say: Say = str) -> Iterator[Document]:
