@@ -48,11 +48,12 @@ def test_a_json_file_may_be_an_array_of_rows(tmp_path):
 
 def test_prompts_are_rows_or_a_whole_file(tmp_path):
     rows, text = tmp_path / "a.JSONL", tmp_path / "a.py"
-    rows.write_text(f'{BOM}{{"prompt": "p", "reference": "r"}}\n{{"text": "t"}}\n', encoding="utf-8")
+    first = {"prompt": "p", "reference": "r"}
+    rows.write_text(f'{BOM}{json.dumps(first)}\n{{"text": "t"}}\n', encoding="utf-8")
     text.write_text(f"{BOM}x\n\ny\n", encoding="utf-8")
-    assert read_prompts(rows) == [{"prompt": "p", "reference": "r"}, {"text": "t", "prompt": "t"}]
+    assert read_prompts(rows) == [first, {"text": "t", "prompt": "t"}]
     assert read_prompts(text) == [{"prompt": "x\n\ny\n"}]
-    for wrong, why in [("", "holds no prompt"), ('{"prompt": ""}', "row 1 is not"), ("[1]", "row 1")]:
+    for wrong, why in [("", "no prompt"), ('{"prompt": ""}', "row 1 is not"), ("[1]", "row 1")]:
         rows.write_text(wrong)
         with pytest.raises(ValueError, match=why):
             read_prompts(rows)
