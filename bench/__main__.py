@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from bench.common import SHAPES, markdown, progress
-from bench.decoding import drafters, speedup, sweep
+from bench.decoding import drafters, speedup
 from bench.engine import ideal, roofline
 from bench.peers import peers, train
+from bench.sweep import sweep
 from exact import auto_dtype
 from support.console import DEFAULT_CKPT, DTYPES, command_errors, usable_device
 
@@ -17,6 +18,10 @@ OPTIONS: dict[str, dict] = {
     "ckpt": dict(type=Path, default=DEFAULT_CKPT),
     "shape": dict(choices=SHAPES, help="random weights of this shape, no checkpoint"),
     "prompts": dict(type=int, default=20),
+    "prompts-file": dict(
+        type=Path, nargs="+", metavar="FILE", help="prompts of your own: .jsonl, or one text a file"
+    ),
+    "chat": dict(action="store_true", default=False, help="they are messages, by the template"),
     "task": dict(
         choices=["code", "edit", "chat"], default="code", help="edit and chat: of a chat model"
     ),
@@ -26,8 +31,14 @@ OPTIONS: dict[str, dict] = {
     "draft": dict(type=int, help="draft length, else the checkpoint's"),
     "confidence": dict(type=float, help="drafting stops there, else the checkpoint's"),
     "context": dict(type=int, help="live positions before a pass, else a prompt's"),
-    "exits": dict(type=int, nargs="+", default=[2, 3, 4, 6, 8]),
-    "drafts": dict(type=int, nargs="+", default=[2, 4, 6, 10, 15]),
+    "exits": dict(type=int, nargs="+", default=[2, 4, 6, 8], metavar="E"),
+    "drafts": dict(type=int, nargs="+", default=[2, 4, 8], metavar="D"),
+    "temperature": dict(type=float, default=0.0),
+    "csv": dict(type=Path, metavar="FILE", help="write the rows, too"),
+    "png": dict(type=Path, metavar="FILE", help="draw tokens/s over the exit, too"),
+    "write": dict(
+        action="store_true", default=False, help="keep the best in the checkpoint's settings"
+    ),
     "drafter": dict(nargs="+", default=[], help="other drafters, as in decode.py"),
     "tries": dict(type=int, default=200, help="of the search for sublayers to skip"),
     "compile": dict(action="store_true", default=False),
@@ -35,10 +46,14 @@ OPTIONS: dict[str, dict] = {
     "device": dict(default="cpu"),
 }
 DECODING = "prompts tokens runs confidence dtype device"
+OWN = "prompts-file chat"
 COMMANDS: dict[Callable, tuple[str, dict]] = {  # options, and defaults of their own
-    speedup: (f"ckpt task {DECODING} exit draft drafter compile", {}),
-    sweep: (f"ckpt {DECODING} exits drafts", dict(prompts=5, runs=3)),
-    drafters: (f"ckpt task {DECODING} exit draft drafter tries compile", {}),
+    speedup: (f"ckpt task {OWN} {DECODING} exit draft drafter compile", {}),
+    sweep: (
+        f"ckpt {OWN} {DECODING} exits drafts temperature compile csv png write",
+        dict(prompts=5, tokens=32, runs=3),
+    ),
+    drafters: (f"ckpt task {OWN} {DECODING} exit draft drafter tries compile", {}),
     peers: (f"ckpt shape {DECODING} exit draft compile", {}),
     roofline: ("ckpt shape runs dtype device context exit draft compile", dict(runs=30)),
     ideal: (

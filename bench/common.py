@@ -30,33 +30,48 @@ Table = tuple[str, list[dict]]  # title, rows {column: value}
 
 
 def target(args: Namespace, part: int = 0) -> Namespace:
-    """The options, and the name, load(dtype), settings and prompts that they ask for.
+    """The options, and the config, load(dtype), settings, prompts and eos that they ask for.
 
-    Settings are chosen on held-out prompts of part 1 and shown on those of part 0. Random weights
-    are never sure: no confidence. Raises ValueError for settings that cannot be.
+    Settings are chosen on held-out prompts of part 1 and shown on those of part 0. Texts end at an
+    EOS where settings are chosen, and after prompts of --prompts-file. Random weights are never
+    sure: no confidence. Raises ValueError for settings that cannot be.
     """
+    eos: tuple[int, ...] = ()
     if args.shape:
         config, load = SHAPES[args.shape], partial(random_model, SHAPES[args.shape])
         settings: dict = dict(exit_layer=config.n_layers // 4, draft_len=6, min_confidence=0.0)
         prompts = [[number, *range(63)] for number in range(args.prompts)]
+        source = f"{len(prompts)} prompts"
     else:
         config, tokenizer = Config(**read_checkpoint(args.ckpt)[0]), Tokenizer(args.ckpt)
         load = partial(load_checkpoint, args.ckpt)
         settings = default_settings(args.ckpt, config, tokenizer)
-        settings.pop("eos")
-        prompts = tasks.prompts(args, tokenizer, part)
+        ends = settings.pop("eos")
+        if args.prompts_file and not part:
+            prompts, more_ends, source = tasks.own_prompts(args, tokenizer)
+            eos = (*ends, *more_ends)
+        else:
+            if args.chat and not args.prompts_file:
+                raise ValueError("--chat is for --prompts-file: add it")
+            prompts, eos = tasks.prompts(args, tokenizer, part), ends if part else ()
+            source = f"{len(prompts)} prompts"
     given = dict(exit_layer=args.exit, draft_len=args.draft, min_confidence=args.confidence)
     settings |= {name: value for name, value in given.items() if value is not None}
-    check_request(config, [0], settings["exit_layer"], settings["draft_len"], args.tokens)
-    more = dict(name=args.shape or args.ckpt.name, settings=settings, prompts=prompts)
+    how = settings["exit_layer"], settings["draft_len"], args.tokens, settings["min_confidence"]
+    for prompt in prompts:
+        check_request(config, prompt, *how)
+    more = dict(name=args.shape or args.ckpt.name, config=config, settings=settings)
+    more |= dict(prompts=prompts, source=source, eos=eos)
     return Namespace(**vars(args) | more, load=partial(load, device=args.device))
 
 
-def title(t: Namespace, *more: str) -> str:
+SETTINGS = "exit {exit_layer}, draft {draft_len}, confidence {min_confidence}"
+
+
+def title(t: Namespace, *more: str, settings: str = SETTINGS) -> str:
     """What a table is of."""
-    drafts = "exit {exit_layer}, draft {draft_len}, confidence {min_confidence}"
-    size = f"{len(t.prompts)} prompts x {t.tokens} tokens, medians of {t.runs} turns"
-    return ", ".join([t.name, str(t.dtype)[6:], drafts.format(**t.settings), size, *more])
+    size = f"{t.source} x {'up to ' * bool(t.eos)}{t.tokens} tokens, medians of {t.runs} turns"
+    return ", ".join([t.name, str(t.dtype)[6:], settings.format(**t.settings), size, *more])
 
 
 def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Llama:
@@ -77,12 +92,14 @@ def engine(t: Namespace, model: Llama, compiled: bool) -> Llama:
     return compile_model(model, t.settings["exit_layer"]) if compiled else pack(model)
 
 
-def decode_all(model: Llama, prompts: list[list[int]], count: int, **settings: Any) -> Totals:
+def decode_all(
+    model: Llama, prompts: list[list[int]], count: int, eos: tuple = (), **settings: Any
+) -> Totals:
     """`count` tokens after each prompt, added up. Settings may be a list, one for each prompt."""
     total = Totals()
     for number, prompt in enumerate(prompts):
         own = {k: v[number] if isinstance(v, list) else v for k, v in settings.items()}
-        collect(generate(model, prompt, max_new_tokens=count, eos=(), **own), into=total)
+        collect(generate(model, prompt, max_new_tokens=count, eos=eos, **own), into=total)
     return total
 
 

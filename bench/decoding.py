@@ -1,10 +1,8 @@
-"""Self-speculation against plain decoding: speedup, sweep, drafters."""
+"""Self-speculation against plain decoding: speedup, drafters."""
 
 from argparse import Namespace
 from collections.abc import Iterable
 from functools import partial
-from itertools import product
-from statistics import median
 
 import torch
 
@@ -16,7 +14,7 @@ from extras.lens import choose_exit
 
 
 def drafted_table(t: Namespace, who: dict[str, dict], temperature: float = 0.0) -> Table:
-    """Plain decoding, and drafting with the settings of `who`.
+    """Plain decoding, and drafting with the settings of `who`, which may name a model of its own.
 
     Plain decoding is exact in --dtype, not exact, and exact in another type; with --compile, exact
     in --dtype, and compiled. Drafting is compiled then, and must write the compiled plain text.
@@ -29,8 +27,8 @@ def drafted_table(t: Namespace, who: dict[str, dict], temperature: float = 0.0) 
         other = torch.bfloat16 if t.dtype == torch.float32 else torch.float32
         models["plain, not exact"] = t.load(t.dtype)
         models[f"plain, {str(other)[6:]}"] = pack(t.load(other))
-    how: dict = dict(prompts=t.prompts, count=t.tokens, sampling=Sampling(temperature))
-    works: Works = {name: partial(decode_all, model, **how) for name, model in models.items()}
+    how: dict = dict(prompts=t.prompts, count=t.tokens, eos=t.eos, sampling=Sampling(temperature))
+    works: Works = {n: partial(decode_all, model=model, **how) for n, model in models.items()}
     works |= {name: partial(works[ours], **settings) for name, settings in who.items()}
     same = dict.fromkeys(who, ours)
     return title(t, f"temperature {temperature}"), compare(works, t.runs, same)
@@ -50,20 +48,6 @@ def named(t: Namespace, drafters: Iterable[str]) -> dict[str, dict]:
     """Settings of generate for drafters by name."""
     raw, base = t.load(t.dtype), t.settings
     return {who: base | parse_drafter(who, raw, base["exit_layer"]) for who in drafters}
-
-
-def sweep(args: Namespace) -> list[Table]:
-    """Every exit layer x draft length against the fastest plain decoding, the fastest first.
-
-    The prompts are not those of other commands: settings are not shown on what they were chosen on.
-    """
-    t = target(args, part=1)
-    who = {
-        f"--exit {e} --draft {d}": {**t.settings, "exit_layer": e, "draft_len": d}
-        for e, d in product(t.exits, t.drafts)
-    }
-    about, rows = drafted_table(t, who)
-    return [(about, sorted(rows, key=lambda row: -median(row["speedup"])))]
 
 
 def drafters(args: Namespace) -> list[Table]:

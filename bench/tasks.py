@@ -1,4 +1,4 @@
-"""What is decoded: held-out code, or of a chat model edits or answers. --task chooses."""
+"""What is decoded: held-out code, edits or answers of a chat model, or prompts from files."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import cycle
 
 from extras.chat import Chat
-from support.data import read_files, stdlib_files
+from support.data import read_files, read_prompts, stdlib_files
 from support.tokenizer import Tokenizer
 
 EDITS = (
@@ -86,3 +86,20 @@ def prompts(args: Namespace, tokenizer: Tokenizer, part: int) -> list[list[int]]
     ask: Callable[[str], list[int]] = Chat(args.ckpt).ask
     texts = edits(args.prompts) if args.task == "edit" else QUESTIONS[: args.prompts]
     return [ask(text) for text in texts]
+
+
+def own_prompts(
+    args: Namespace, tokenizer: Tokenizer
+) -> tuple[list[list[int]], tuple[int, ...], str]:
+    """Ids of the first --prompts prompts of --prompts-file, what ends their answers, their source.
+
+    Raises ValueError where a file holds none.
+    """
+    if args.task != "code":
+        raise ValueError("--task names other prompts than --prompts-file: leave one out")
+    texts = [row["prompt"] for file in args.prompts_file for row in read_prompts(file)]
+    chat = Chat(args.ckpt, tokenizer) if args.chat else None
+    ids = [(chat.ask if chat else tokenizer.encode)(text) for text in texts[: args.prompts]]
+    count = f"the first {len(ids)} of {len(texts)}" if len(ids) < len(texts) else f"{len(ids)}"
+    files = ", ".join(file.name for file in args.prompts_file)
+    return ids, chat.ends if chat else (), f"{count} prompts of {files}"
