@@ -14,14 +14,15 @@ from bench.sweep import sweep
 from exact import auto_dtype
 from support.console import DEFAULT_CKPT, DTYPES, command_errors, usable_device
 
+FLAG: dict = dict(action="store_true", default=False)
 OPTIONS: dict[str, dict] = {
     "ckpt": dict(type=Path, default=DEFAULT_CKPT),
     "shape": dict(choices=SHAPES, help="random weights of this shape, no checkpoint"),
     "prompts": dict(type=int, default=20),
     "prompts-file": dict(
-        type=Path, nargs="+", metavar="FILE", help="prompts of your own: .jsonl, or one text a file"
+        type=Path, nargs="+", metavar="FILE", help="prompts of yours: rows of .jsonl, or a text"
     ),
-    "chat": dict(action="store_true", default=False, help="they are messages, by the template"),
+    "chat": FLAG | dict(help="they are messages, by the chat template"),
     "task": dict(
         choices=["code", "edit", "chat"], default="code", help="edit and chat: of a chat model"
     ),
@@ -36,24 +37,22 @@ OPTIONS: dict[str, dict] = {
     "temperature": dict(type=float, default=0.0),
     "csv": dict(type=Path, metavar="FILE", help="write the rows, too"),
     "png": dict(type=Path, metavar="FILE", help="draw tokens/s over the exit, too"),
-    "write": dict(
-        action="store_true", default=False, help="keep the best in the checkpoint's settings"
-    ),
+    "write": FLAG | dict(help="keep the best in generation_config.json"),
     "drafter": dict(nargs="+", default=[], help="other drafters, as in decode.py"),
     "tries": dict(type=int, default=200, help="of the search for sublayers to skip"),
-    "compile": dict(action="store_true", default=False),
+    "compile": FLAG,
     "dtype": dict(choices=["auto", *DTYPES], default="auto"),
     "device": dict(default="cpu"),
 }
 DECODING = "prompts tokens runs confidence dtype device"
-OWN = "prompts-file chat"
+OWN = f"{DECODING} prompts-file chat"
 COMMANDS: dict[Callable, tuple[str, dict]] = {  # options, and defaults of their own
-    speedup: (f"ckpt task {OWN} {DECODING} exit draft drafter compile", {}),
+    speedup: (f"ckpt task {OWN} exit draft drafter compile", {}),
     sweep: (
-        f"ckpt {OWN} {DECODING} exits drafts temperature compile csv png write",
+        f"ckpt {OWN} exits drafts temperature compile csv png write",
         dict(prompts=5, tokens=32, runs=3),
     ),
-    drafters: (f"ckpt task {OWN} {DECODING} exit draft drafter tries compile", {}),
+    drafters: (f"ckpt task {OWN} exit draft drafter tries compile", {}),
     peers: (f"ckpt shape {DECODING} exit draft compile", {}),
     roofline: ("ckpt shape runs dtype device context exit draft compile", dict(runs=30)),
     ideal: (
@@ -93,6 +92,8 @@ def main() -> None:
     with command_errors("bench"):
         if min(args.prompts, args.tokens, args.runs) < 1:
             raise ValueError("--prompts, --tokens and --runs must be at least 1")
+        if args.chat > bool(args.prompts_file) or (args.prompts_file and args.task != "code"):
+            raise ValueError("--chat goes with --prompts-file, --task with neither")
         args.device = usable_device(args.device)
         args.dtype = DTYPES.get(args.dtype) or auto_dtype(args.device)
         tables = args.work(args)

@@ -13,6 +13,7 @@ import torch
 from bench import tasks
 from decode import check_request, generate
 from exact import pack
+from extras.chat import Chat
 from extras.compiled import compile_model
 from model import Config, Llama, load_checkpoint
 from support.checkpoint import read_checkpoint
@@ -41,27 +42,21 @@ def target(args: Namespace, part: int = 0) -> Namespace:
         config, load = SHAPES[args.shape], partial(random_model, SHAPES[args.shape])
         settings: dict = dict(exit_layer=config.n_layers // 4, draft_len=6, min_confidence=0.0)
         prompts = [[number, *range(63)] for number in range(args.prompts)]
-        source = f"{len(prompts)} prompts"
     else:
         config, tokenizer = Config(**read_checkpoint(args.ckpt)[0]), Tokenizer(args.ckpt)
         load = partial(load_checkpoint, args.ckpt)
         settings = default_settings(args.ckpt, config, tokenizer)
         ends = settings.pop("eos")
-        if args.prompts_file and not part:
-            prompts, more_ends, source = tasks.own_prompts(args, tokenizer)
-            eos = (*ends, *more_ends)
-        else:
-            if args.chat and not args.prompts_file:
-                raise ValueError("--chat is for --prompts-file: add it")
-            prompts, eos = tasks.prompts(args, tokenizer, part), ends if part else ()
-            source = f"{len(prompts)} prompts"
+        if part or args.prompts_file:
+            eos = (*ends, *(Chat(args.ckpt, tokenizer).ends if args.chat else ()))
+        prompts = tasks.prompts(args, tokenizer, part)
     given = dict(exit_layer=args.exit, draft_len=args.draft, min_confidence=args.confidence)
     settings |= {name: value for name, value in given.items() if value is not None}
     how = settings["exit_layer"], settings["draft_len"], args.tokens, settings["min_confidence"]
     for prompt in prompts:
         check_request(config, prompt, *how)
-    more = dict(name=args.shape or args.ckpt.name, config=config, settings=settings)
-    more |= dict(prompts=prompts, source=source, eos=eos)
+    more = dict(name=args.shape or args.ckpt.name, config=config, eos=eos)
+    more |= dict(settings=settings, prompts=prompts)
     return Namespace(**vars(args) | more, load=partial(load, device=args.device))
 
 
@@ -70,8 +65,11 @@ SETTINGS = "exit {exit_layer}, draft {draft_len}, confidence {min_confidence}"
 
 def title(t: Namespace, *more: str, settings: str = SETTINGS) -> str:
     """What a table is of."""
-    size = f"{t.source} x {'up to ' * bool(t.eos)}{t.tokens} tokens, medians of {t.runs} turns"
-    return ", ".join([t.name, str(t.dtype)[6:], settings.format(**t.settings), size, *more])
+    size = f"{len(t.prompts)} prompts x {'up to ' * bool(t.eos)}{t.tokens} tokens"
+    if t.prompts_file:
+        size = f"the first {size}, of {', '.join(file.name for file in t.prompts_file)}"
+    turns = f"medians of {t.runs} turns"
+    return ", ".join([t.name, str(t.dtype)[6:], settings.format(**t.settings), size, turns, *more])
 
 
 def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Llama:

@@ -1,11 +1,13 @@
 """Which exit layer and draft length are the fastest: sweep."""
 
 import csv
-import io
+import os
 import textwrap
 from argparse import Namespace
+from contextlib import suppress
 from copy import copy
 from importlib.util import find_spec
+from io import StringIO
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -19,9 +21,9 @@ from extras.compiled import compile_model
 from support.checkpoint import read_json, whole_file
 from support.runs import RunDirectory
 
-SETTINGS_FILE = "generation_config.json"
-NOISE = """\
-Within noise: in one turn or more as fast as the best. Fewer than 3 turns tell nothing of noise."""
+CONFIG = "generation_config.json"
+NOISE = "Within noise: as fast as the best in at least one turn, or of fewer than 3 turns."
+Cells = dict[str, tuple[int, int]]  # way: exit layer, draft length
 
 
 def sweep(args: Namespace) -> list[Table]:
@@ -31,56 +33,40 @@ def sweep(args: Namespace) -> list[Table]:
     chosen on. Texts end where decode.py ends them.
     """
     t = target(args, part=0 if args.prompts_file else 1)
-    for e, d in product(t.exits, t.drafts):
+    Sampling(t.temperature)
+    pairs = product(sorted({*t.exits}), sorted({*t.drafts}))
+    cells = {f"--exit {e} --draft {d}": (e, d) for e, d in pairs}
+    for e, d in cells.values():
         in_range("exit layer", e, 1, t.config.n_layers - 1)
         in_range("draft length", d, 1, MAX_ROWS - 1)
-    Sampling(t.temperature)
-    settings_file = t.ckpt / SETTINGS_FILE
-    if t.write and settings_file.exists():
-        read_json(settings_file)  # a damaged one is not replaced
     if t.png and not find_spec("matplotlib"):
         raise ValueError("--png needs matplotlib: pip install matplotlib")
-    for file in (t.csv, t.png, settings_file if t.write else None):
-        if file:
-            check_writable(file)
+    if t.write:
+        kept(t.ckpt)
+    for path in filter(None, (t.csv, t.png, t.write and t.ckpt / CONFIG)):
+        with suppress(KeyError), whole_file(path):
+            raise KeyError  # it can be written: leave no trace
 
-    t.settings["exit_layer"] = 0  # plain decoding in the largest graphs
-    raw, who = t.load(t.dtype), dict[str, dict]()
-    for e in t.exits:
-        own = dict(model=compile_model(copy(raw), e)) if t.compile else {}
-        cells = [dict(exit_layer=e, draft_len=d) for d in t.drafts]
-        who |= {way(cell): t.settings | cell | own for cell in cells}
-    _, rows = drafted_table(t, who, t.temperature)
-    rows = judged(rows)
+    raw, t.settings["exit_layer"] = t.load(t.dtype), 0  # plain decoding in the largest graphs
+    own = {e: dict(model=compile_model(copy(raw), e)) if t.compile else {} for e in t.exits}
+    who = {
+        name: t.settings | dict(exit_layer=e, draft_len=d) | own[e]
+        for name, (e, d) in cells.items()
+    }
+    rows = ranked(drafted_table(t, who, t.temperature)[1])
     how = f"temperature {t.temperature}", *["drafts compiled"] * t.compile
     about = title(t, *how, settings="confidence {min_confidence}")
     if t.csv:
         with whole_file(t.csv) as file:
-            file.write(as_csv(rows, who).encode())
+            file.write(as_csv(rows, cells).encode())
     if t.png:
         with whole_file(t.png) as file:
-            draw(file, rows, who, about)
-    return [("\n".join([about, NOISE, verdict(t, rows, who)]), rows)]
+            draw(file, rows, cells, about)
+    return [("\n".join([about, NOISE, verdict(t, rows, cells)]), rows)]
 
 
-def way(cell: dict) -> str:
-    """The options of decode.py for an exit layer and a draft length."""
-    return f"--exit {cell['exit_layer']} --draft {cell['draft_len']}"
-
-
-def check_writable(path: Path) -> None:
-    """Raises ValueError where whole_file could not write at `path`. Leaves no trace."""
-    try:
-        with whole_file(path):
-            raise KeyError  # whole_file so gives up
-    except KeyError:
-        pass
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def judged(rows: list[dict]) -> list[dict]:
-    """Rows by their median speed, with the best and those within noise of it marked."""
+def ranked(rows: list[dict]) -> list[dict]:
+    """Rows by median speed, with the best and those within noise of it marked."""
     rows = sorted(rows, key=lambda row: -median(row["tokens/s"]))
     best = rows[0]["tokens/s"]
     for row in rows:
@@ -89,63 +75,57 @@ def judged(rows: list[dict]) -> list[dict]:
     return rows
 
 
-def verdict(t: Namespace, rows: list[dict], who: dict[str, dict]) -> str:
+def kept(ckpt: Path) -> dict:
+    """generation_config.json of a checkpoint, {} without one. CheckpointError if it is damaged."""
+    return read_json(ckpt / CONFIG, float) if os.path.lexists(ckpt / CONFIG) else {}
+
+
+def verdict(t: Namespace, rows: list[dict], cells: Cells) -> str:
     """The winner in a sentence. With --write it goes into the checkpoint, if it drafts."""
-    best = rows[0]["way"]
-    not_written = ": nothing was written" * t.write
-    if best not in who:
-        return f"Plain decoding wins ({best}){not_written}."
-    cell = who[best]
-    text = f"Best: {best} --min-confidence {cell['min_confidence']}"
-    if any(row["rank"] for row in rows if row["way"] not in who):
+    best, nothing = rows[0]["way"], ": nothing was written" * t.write
+    if best not in cells:
+        return f"Plain decoding wins ({best}){nothing}."
+    confidence = t.settings["min_confidence"]
+    text = f"Best: {best} --min-confidence {confidence}"
+    if any(row["rank"] for row in rows if row["way"] not in cells):
         text += ", but plain decoding is within noise of it"
     if not t.write:
         return f"{text}. --write keeps it in the checkpoint's settings."
     if any(row["identical"] is False for row in rows):
-        return f"{text}. A drafted text is not the plain text{not_written}."
-    file = t.ckpt / SETTINGS_FILE
-    found = read_json(file, float) if file.exists() else {}
-    found["assistant_early_exit"] = cell["exit_layer"]
-    found["num_assistant_tokens"] = cell["draft_len"]
-    found["assistant_confidence_threshold"] = cell["min_confidence"]
-    RunDirectory(t.ckpt, None).write_json(SETTINGS_FILE, found)
-    return f"{text}. Written to {file}."
+        return f"{text}. A drafted text is not the plain text{nothing}."
+    names = "assistant_early_exit", "num_assistant_tokens", "assistant_confidence_threshold"
+    new = dict(zip(names, (*cells[best], confidence)))
+    RunDirectory(t.ckpt, None).write_json(CONFIG, kept(t.ckpt) | new)
+    return f"{text}. Written to {t.ckpt / CONFIG}."
 
 
-def as_csv(rows: list[dict], who: dict[str, dict]) -> str:
-    """The rows, a line each; of several measurements the median, the lowest and the highest."""
-    lines = []
+def as_csv(rows: list[dict], cells: Cells) -> str:
+    """A line for each row. Measurements are their median, the lowest and the highest."""
+    text, parts = StringIO(), (median, min, max)
+    out = csv.writer(text, lineterminator="\n")
+    many = [name for name, value in rows[0].items() if isinstance(value, list)]
+    one = [name for name in rows[0] if name not in many]
+    measured = (f"{name} {part.__name__}" for name in many for part in parts)
+    out.writerow(["exit", "draft", *one, *measured])
     for row in rows:
-        cell = who.get(row["way"], {})
-        line = {"way": row["way"], "exit": cell.get("exit_layer"), "draft": cell.get("draft_len")}
-        for name, value in row.items():
-            if isinstance(value, list):
-                line |= {f"{name} {f.__name__}": f(value) for f in (median, min, max)}
-            else:
-                line[name] = value
-        lines.append(line)
-    text = io.StringIO()
-    table = csv.DictWriter(text, lines[0], lineterminator="\n")
-    table.writeheader()
-    table.writerows(lines)
+        numbers = (part(row[name]) for name in many for part in parts)
+        cell = cells.get(row["way"], ("", ""))
+        out.writerow([*cell, *(row[name] for name in one), *numbers])
     return text.getvalue()
 
 
-def draw(file: IO[bytes], rows: list[dict], who: dict[str, dict], about: str) -> None:
+def draw(file: IO[bytes], rows: list[dict], cells: Cells, about: str) -> None:
     """A PNG of tokens/s over the exit: a line for each draft length, a level one for plain."""
     from matplotlib.figure import Figure
 
     figure = Figure((7, 4.5), layout="constrained")
     axis, speeds = figure.subplots(), {row["way"]: median(row["tokens/s"]) for row in rows}
-    for d in sorted({cell["draft_len"] for cell in who.values()}):
-        cells = [(c["exit_layer"], speeds[n]) for n, c in who.items() if c["draft_len"] == d]
-        axis.plot(*zip(*sorted(cells)), marker=".", label=f"draft {d}")
-    plain = next(row["way"] for row in rows if row["way"] not in who)
+    for d in dict.fromkeys(d for _, d in cells.values()):
+        points = [(e, speeds[name]) for name, (e, own) in cells.items() if own == d]
+        axis.plot(*zip(*points), marker=".", label=f"draft {d}")
+    plain = next(name for name in speeds if name not in cells)  # the fastest
     axis.axhline(speeds[plain], color="black", linestyle="--", label=plain)
-    axis.set(
-        xlabel="exit", ylabel="tokens/s", xticks=sorted({x["exit_layer"] for x in who.values()})
-    )
-    axis.set_ylim(bottom=0)
+    axis.set(xlabel="exit", ylabel="tokens/s", xticks=[e for e, _ in points], ylim=(0, None))
     axis.set_title(textwrap.fill(about, 90), fontsize="small")
     axis.legend()
     figure.savefig(file, dpi=110, format="png")

@@ -77,29 +77,17 @@ def edits(count: int) -> list[str]:
 
 
 def prompts(args: Namespace, tokenizer: Tokenizer, part: int) -> list[list[int]]:
-    """Ids of --prompts prompts of --task, at most ten of chat. Part 1, to choose on, is code.
+    """Ids of --prompts prompts of --prompts-file or of --task, at most ten of chat.
 
-    Raises ValueError where the task is a conversation and the checkpoint has no chat template.
+    Part 1, to choose on, is code. Raises ValueError where a file holds no prompt, and where the
+    task is a conversation and the checkpoint has no chat template.
     """
-    if args.task == "code" or part:
+    if args.prompts_file and not part:
+        texts = [row["prompt"] for file in args.prompts_file for row in read_prompts(file)]
+        ask: Callable[[str], list[int]] = Chat(args.ckpt).ask if args.chat else tokenizer.encode
+    elif args.task == "code" or part:
         return held_out_prompts(2 * args.prompts, tokenizer, 64)[part::2]
-    ask: Callable[[str], list[int]] = Chat(args.ckpt).ask
-    texts = edits(args.prompts) if args.task == "edit" else QUESTIONS[: args.prompts]
-    return [ask(text) for text in texts]
-
-
-def own_prompts(
-    args: Namespace, tokenizer: Tokenizer
-) -> tuple[list[list[int]], tuple[int, ...], str]:
-    """Ids of the first --prompts prompts of --prompts-file, what ends their answers, their source.
-
-    Raises ValueError where a file holds none.
-    """
-    if args.task != "code":
-        raise ValueError("--task names other prompts than --prompts-file: leave one out")
-    texts = [row["prompt"] for file in args.prompts_file for row in read_prompts(file)]
-    chat = Chat(args.ckpt, tokenizer) if args.chat else None
-    ids = [(chat.ask if chat else tokenizer.encode)(text) for text in texts[: args.prompts]]
-    count = f"the first {len(ids)} of {len(texts)}" if len(ids) < len(texts) else f"{len(ids)}"
-    files = ", ".join(file.name for file in args.prompts_file)
-    return ids, chat.ends if chat else (), f"{count} prompts of {files}"
+    else:
+        ask = Chat(args.ckpt).ask
+        texts = edits(args.prompts) if args.task == "edit" else list(QUESTIONS)
+    return [ask(text) for text in texts[: args.prompts]]
