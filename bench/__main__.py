@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 
 from bench.common import SHAPES, markdown, progress
-from bench.decoding import drafters, speedup
+from bench.decoding import drafters, speedup, sweep
 from bench.engine import ideal, roofline
 from bench.peers import peers, train
-from bench.sweep import sweep
 from exact import auto_dtype
 from support.console import DEFAULT_CKPT, DTYPES, command_errors, usable_device
 
@@ -19,9 +18,7 @@ OPTIONS: dict[str, dict] = {
     "ckpt": dict(type=Path, default=DEFAULT_CKPT),
     "shape": dict(choices=SHAPES, help="random weights of this shape, no checkpoint"),
     "prompts": dict(type=int, default=20),
-    "prompts-file": dict(
-        type=Path, nargs="+", metavar="FILE", help="prompts of yours: rows of .jsonl, or a text"
-    ),
+    "prompts-file": dict(type=Path, nargs="+", metavar="FILE", help="your own: .jsonl or a text"),
     "chat": FLAG | dict(help="they are messages, by the chat template"),
     "task": dict(
         choices=["code", "edit", "chat"], default="code", help="edit and chat: of a chat model"
@@ -32,11 +29,11 @@ OPTIONS: dict[str, dict] = {
     "draft": dict(type=int, help="draft length, else the checkpoint's"),
     "confidence": dict(type=float, help="drafting stops there, else the checkpoint's"),
     "context": dict(type=int, help="live positions before a pass, else a prompt's"),
-    "exits": dict(type=int, nargs="+", default=[2, 4, 6, 8], metavar="E"),
-    "drafts": dict(type=int, nargs="+", default=[2, 4, 8], metavar="D"),
+    "exits": dict(type=int, nargs="+", default=[2, 4, 6, 8]),
+    "drafts": dict(type=int, nargs="+", default=[2, 4, 8]),
     "temperature": dict(type=float, default=0.0),
-    "csv": dict(type=Path, metavar="FILE", help="write the rows, too"),
-    "png": dict(type=Path, metavar="FILE", help="draw tokens/s over the exit, too"),
+    "csv": dict(type=Path, metavar="FILE", help="write the rows"),
+    "png": dict(type=Path, metavar="FILE", help="draw tokens/s over the exit"),
     "write": FLAG | dict(help="keep the best in generation_config.json"),
     "drafter": dict(nargs="+", default=[], help="other drafters, as in decode.py"),
     "tries": dict(type=int, default=200, help="of the search for sublayers to skip"),
@@ -90,10 +87,10 @@ def machine(device: torch.device) -> str:
 def main() -> None:
     args = parser().parse_args()
     with command_errors("bench"):
-        if min(args.prompts, args.tokens, args.runs) < 1:
-            raise ValueError("--prompts, --tokens and --runs must be at least 1")
+        if min(args.prompts, args.tokens, args.runs, *args.exits) < 1:
+            raise ValueError("--prompts, --tokens, --runs and --exits must be at least 1")
         if args.chat > bool(args.prompts_file) or (args.prompts_file and args.task != "code"):
-            raise ValueError("--chat goes with --prompts-file, --task with neither")
+            raise ValueError("--chat goes with --prompts-file, --task does not")
         args.device = usable_device(args.device)
         args.dtype = DTYPES.get(args.dtype) or auto_dtype(args.device)
         tables = args.work(args)

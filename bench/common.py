@@ -33,11 +33,11 @@ Table = tuple[str, list[dict]]  # title, rows {column: value}
 def target(args: Namespace, part: int = 0) -> Namespace:
     """The options, and the config, load(dtype), settings, prompts and eos that they ask for.
 
-    Settings are chosen on held-out prompts of part 1 and shown on those of part 0. Texts end at an
-    EOS where settings are chosen, and after prompts of --prompts-file. Random weights are never
-    sure: no confidence. Raises ValueError for settings that cannot be.
+    Settings are chosen on held-out prompts of part 1 and shown on those of part 0. Of part 1 and of
+    --prompts-file, texts end at an EOS. Random weights are never sure: no confidence. Raises
+    ValueError for settings that cannot be.
     """
-    eos: tuple[int, ...] = ()
+    eos = ()
     if args.shape:
         config, load = SHAPES[args.shape], partial(random_model, SHAPES[args.shape])
         settings: dict = dict(exit_layer=config.n_layers // 4, draft_len=6, min_confidence=0.0)
@@ -46,30 +46,24 @@ def target(args: Namespace, part: int = 0) -> Namespace:
         config, tokenizer = Config(**read_checkpoint(args.ckpt)[0]), Tokenizer(args.ckpt)
         load = partial(load_checkpoint, args.ckpt)
         settings = default_settings(args.ckpt, config, tokenizer)
-        ends = settings.pop("eos")
-        if part or args.prompts_file:
-            eos = (*ends, *(Chat(args.ckpt, tokenizer).ends if args.chat else ()))
+        eos = settings.pop("eos") * bool(part or args.prompts_file)
+        eos += Chat(args.ckpt, tokenizer).ends if args.chat else ()
         prompts = tasks.prompts(args, tokenizer, part)
     given = dict(exit_layer=args.exit, draft_len=args.draft, min_confidence=args.confidence)
     settings |= {name: value for name, value in given.items() if value is not None}
-    how = settings["exit_layer"], settings["draft_len"], args.tokens, settings["min_confidence"]
-    for prompt in prompts:
-        check_request(config, prompt, *how)
-    more = dict(name=args.shape or args.ckpt.name, config=config, eos=eos)
-    more |= dict(settings=settings, prompts=prompts)
+    for ids in prompts:
+        check_request(config, ids, settings["exit_layer"], settings["draft_len"], args.tokens)
+    more = dict(name=args.shape or args.ckpt.name, settings=settings, prompts=prompts, eos=eos)
     return Namespace(**vars(args) | more, load=partial(load, device=args.device))
 
 
-SETTINGS = "exit {exit_layer}, draft {draft_len}, confidence {min_confidence}"
-
-
-def title(t: Namespace, *more: str, settings: str = SETTINGS) -> str:
-    """What a table is of."""
-    size = f"{len(t.prompts)} prompts x {'up to ' * bool(t.eos)}{t.tokens} tokens"
-    if t.prompts_file:
-        size = f"the first {size}, of {', '.join(file.name for file in t.prompts_file)}"
-    turns = f"medians of {t.runs} turns"
-    return ", ".join([t.name, str(t.dtype)[6:], settings.format(**t.settings), size, turns, *more])
+def title(t: Namespace, *more: str) -> str:
+    """What a table is of. Exit layer 0: of several."""
+    drafts = "exit {exit_layer}, draft {draft_len}, " * (t.settings["exit_layer"] > 0)
+    drafts = f"{drafts}confidence {{min_confidence}}".format(**t.settings)
+    tokens = f"{'up to ' * bool(t.eos)}{t.tokens} tokens"
+    size = f"{len(t.prompts)} prompts x {tokens}, medians of {t.runs} turns"
+    return ", ".join([t.name, str(t.dtype)[6:], drafts, size, *more])
 
 
 def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Llama:
@@ -90,14 +84,13 @@ def engine(t: Namespace, model: Llama, compiled: bool) -> Llama:
     return compile_model(model, t.settings["exit_layer"]) if compiled else pack(model)
 
 
-def decode_all(
-    model: Llama, prompts: list[list[int]], count: int, eos: tuple = (), **settings: Any
-) -> Totals:
+def decode_all(model: Llama, prompts: list[list[int]], count: int, **settings: Any) -> Totals:
     """`count` tokens after each prompt, added up. Settings may be a list, one for each prompt."""
     total = Totals()
     for number, prompt in enumerate(prompts):
         own = {k: v[number] if isinstance(v, list) else v for k, v in settings.items()}
-        collect(generate(model, prompt, max_new_tokens=count, eos=eos, **own), into=total)
+        own.setdefault("eos", ())
+        collect(generate(model, prompt, max_new_tokens=count, **own), into=total)
     return total
 
 

@@ -82,12 +82,13 @@ def prompts(args: Namespace, tokenizer: Tokenizer, part: int) -> list[list[int]]
     Part 1, to choose on, is code. Raises ValueError where a file holds no prompt, and where the
     task is a conversation and the checkpoint has no chat template.
     """
+    ask: Callable[[str], list[int]] = tokenizer.encode
     if args.prompts_file and not part:
         texts = [row["prompt"] for file in args.prompts_file for row in read_prompts(file)]
-        ask: Callable[[str], list[int]] = Chat(args.ckpt).ask if args.chat else tokenizer.encode
     elif args.task == "code" or part:
         return held_out_prompts(2 * args.prompts, tokenizer, 64)[part::2]
     else:
-        ask = Chat(args.ckpt).ask
         texts = edits(args.prompts) if args.task == "edit" else list(QUESTIONS)
+    if args.chat or args.task != "code":
+        ask = Chat(args.ckpt).ask
     return [ask(text) for text in texts[: args.prompts]]
