@@ -19,7 +19,7 @@ OPTIONS: dict[str, dict] = {
     "shape": dict(choices=SHAPES, help="random weights of this shape, no checkpoint"),
     "prompts": dict(type=int, default=20),
     "prompts-file": dict(type=Path, nargs="+", metavar="FILE", help="your own: .jsonl or a text"),
-    "chat": FLAG | dict(help="they are messages, by the chat template"),
+    "chat": FLAG | dict(help="they are messages of a chat"),
     "task": dict(
         choices=["code", "edit", "chat"], default="code", help="edit and chat: of a chat model"
     ),
@@ -90,7 +90,7 @@ def main() -> None:
         if min(args.prompts, args.tokens, args.runs, *args.exits) < 1:
             raise ValueError("--prompts, --tokens, --runs and --exits must be at least 1")
         if args.chat > bool(args.prompts_file) or (args.prompts_file and args.task != "code"):
-            raise ValueError("--chat goes with --prompts-file, --task does not")
+            raise ValueError("--chat goes with --prompts-file, --task without")
         args.device = usable_device(args.device)
         args.dtype = DTYPES.get(args.dtype) or auto_dtype(args.device)
         tables = args.work(args)

@@ -101,7 +101,7 @@ def sweep(args: Namespace) -> list[Table]:
         raise ValueError("--png needs matplotlib")
     if t.write:
         with suppress(KeyError), whole_file(t.ckpt / CONFIG):
-            raise KeyError(kept(t.ckpt))  # it can be written; leave no trace
+            raise KeyError(kept(t.ckpt))  # leave no trace
     with wanted(t.csv) as table, wanted(t.png) as picture:
         raw, t.settings["exit_layer"] = t.load(t.dtype), 0  # plain: in the largest graphs
         how = 1, t.settings["min_confidence"], Sampling(t.temperature)

@@ -79,8 +79,8 @@ def edits(count: int) -> list[str]:
 def prompts(args: Namespace, tokenizer: Tokenizer, part: int) -> list[list[int]]:
     """Ids of --prompts prompts of --prompts-file or of --task, at most ten of chat.
 
-    Part 1, to choose on, is code. Raises ValueError where a file holds no prompt, and where the
-    task is a conversation and the checkpoint has no chat template.
+    Part 1, to choose on, is code. Raises ValueError where a file holds no prompt, and where a
+    conversation has no chat template.
     """
     ask: Callable[[str], list[int]] = tokenizer.encode
     if args.prompts_file and not part:
