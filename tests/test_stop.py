@@ -1,14 +1,13 @@
 """Stop strings: the text ends before the first to be complete, wherever a token ends."""
 
 import pytest
-from helpers import Text, same_bits, text_of, tiny_config, tiny_model
+import torch
+from helpers import text_of
 from hypothesis import given
 from hypothesis import strategies as st
 from test_tokenizer import KINDS, added, ids_of, split
 
-from decode import Sampling, generate
-from exact import pack
-from model import Llama
+from decode import Round
 from support.console import until
 from support.tokenizer import Stream, Tokenizer
 
@@ -54,28 +53,22 @@ def test_the_text_ends_before_the_first_stop_and_holds_back_no_more_than_may_bec
     assert shown + stream.finish() == expected and stream.stopped == (expected != text)
 
 
-@pytest.fixture(scope="module")
-def model() -> Llama:
-    """Of the shipped tokenizer's size; its second exit foresees most of what it says."""
-    return pack(tiny_model(tiny_config(vocab_size=2048), damp_from=2))
-
-
-@given(st.integers(0, 9), st.integers(0, 60), st.integers(1, 4))
-def test_rounds_end_with_the_token_that_completes_a_stop_whoever_drafts(
-    model, shipped, seed, place, size
+@given(st.data())
+def test_rounds_end_with_the_token_that_completes_a_stop_however_many_tokens_they_have(
+    tokenizer, data
 ):
-    tokenizer, sampling = Tokenizer(shipped), Sampling(0.9, seed=seed)
-    prompt, how = tokenizer.encode("def"), dict(draft_len=5, max_new_tokens=20, sampling=sampling)
-    whole = text_of(generate(model, prompt, **how)).ids
-    stop = Stream(tokenizer, prompt).feed(whole)[place : place + size] or "\n"
+    ids = data.draw(ids_of(tokenizer))
+    stops = data.draw(stops_for(tokenizer.decode(ids)))
 
-    def stopped(**drafting) -> Text:
-        rounds = generate(model, prompt, **how | drafting)
-        return text_of(until(rounds, Stream(tokenizer, prompt, [stop])))
+    def kept(portions: list[list[int]]) -> list[int]:
+        rounds = (Round([], part, torch.tensor(part)[:, None]) for part in portions if part)
+        found = text_of([Round([], [], torch.zeros(0, 1)), *until(rounds, stream())])
+        assert found.logits[:, 0].tolist() == found.ids
+        return found.ids
 
-    plain, drafted = stopped(), stopped(exit_layer=2)
-    count = len(plain.ids)
-    assert same_bits(plain, drafted) and plain.ids == whole[:count]
-    early, stream = (Stream(tokenizer, prompt, [stop]) for _ in range(2))
-    early.feed(whole[: count - 1]), stream.feed(plain.ids)
-    assert not early.stopped and (stream.stopped or count == 20)
+    stream = lambda: Stream(tokenizer, [], stops)
+    plain = kept([[token] for token in ids])
+    assert plain == kept(split(ids, data.draw(st.lists(st.integers(0, 9), max_size=4))))
+    before, whole = stream(), stream()
+    before.feed(plain[:-1]), whole.feed(plain)
+    assert not before.stopped and (whole.stopped or plain == ids)
