@@ -79,6 +79,15 @@ def tiny_model(
     return model.to(dtype).eval()
 
 
+def corpus(path: Path) -> Path:
+    """A folder of text for training, made in path."""
+    folder = path / "corpus"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number}.py").write_text("def f(x):\n    return x + 1\n\n\n" * 20)
+    return folder
+
+
 def random_adapter(model: Llama, exit_layer: int = 2) -> Adapter:
     """An adapter of Kangaroo that was not trained."""
     torch.manual_seed(1)

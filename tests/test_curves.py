@@ -5,7 +5,7 @@ from io import BytesIO
 from types import SimpleNamespace
 
 import pytest
-from helpers import config_option
+from helpers import config_option, corpus
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 
@@ -43,16 +43,9 @@ def write(folder, rows):
 @pytest.fixture
 def train(command, tmp_path):
     """train("--steps", "4") -> code, out, err of a run in tmp_path / "run", of a tiny model."""
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    for number in range(60):
-        text = "def f(x):\n    return x + 1\n\n\n" * 20
-        (corpus / f"{number}.py").write_text(text)
-    shape = config_option(
-        n_layers=6, dim=16, hidden_dim=32, n_heads=2, n_kv_heads=1, vocab_size=280
-    )
-    where = ["--out", str(tmp_path / "run"), "--data", str(corpus), "--seq", "16", "--batch", "2"]
-    return lambda *more: command(train_command.main, *where, *shape, *more)
+    shape = dict(n_layers=6, dim=16, hidden_dim=32, n_heads=2, n_kv_heads=1, vocab_size=280)
+    where = f"--out {tmp_path}/run --data {corpus(tmp_path)} --seq 16 --batch 2".split()
+    return lambda *more: command(train_command.main, *where, *config_option(**shape), *more)
 
 
 def test_each_save_is_a_line_with_what_the_metrics_say(train, tmp_path):
@@ -62,6 +55,8 @@ def test_each_save_is_a_line_with_what_the_metrics_say(train, tmp_path):
     _, saves = curves.read_run(tmp_path / "run")
     assert [s["step"] for s in saves] == [2, 4, 5]
     assert [line.strip() for line in lines] == [worth(s["held_out"]) for s in saves]
+    curves.draw(file := BytesIO(), {"run": curves.read_run(tmp_path / "run")})
+    assert file.getvalue().startswith(b"\x89PNG")
 
 
 def test_a_save_is_told_by_four_exits_and_the_last_layer():
@@ -108,13 +103,6 @@ def test_curves_are_the_rows_of_two_runs(tmp_path, command, monkeypatch):
     assert all(axis.get_xlabel() and axis.get_title() for axis in drawn[0].axes)
     named = drawn[0].axes[0].get_legend().get_texts()
     assert [text.get_text() for text in named] == [str(a), str(b)]
-
-
-def test_a_trained_run_is_drawn(train, tmp_path):
-    assert train("--steps", "2", "--no-compile").code == 0
-    file = BytesIO()
-    curves.draw(file, {"run": curves.read_run(tmp_path / "run")})
-    assert file.getvalue().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("kind", ["no folder", "no metrics", "no save", "damaged"])

@@ -170,10 +170,11 @@ def test_an_unpacked_model_decodes_alike_but_for_near_ties(case):
 # key. But if later layers add nothing, exit and full logits are the same, and none is rejected.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_draft_that_equals_the_model_is_always_right(dtype, temperature):
+@pytest.mark.parametrize("who", ["early exit", "two models", "skip layers"])
+def test_a_draft_that_equals_the_model_is_always_right(who, dtype, temperature):
     model = pack(tiny_model(damp_from=2, damping=0.0, dtype=dtype))
-    sampling = Sampling(temperature, seed=5)
-    rounds = decode(model, [3, 1, 4], exit_layer=2, sampling=sampling).rounds
+    how = DRAFTERS[who](model, 2) | dict(sampling=Sampling(temperature, seed=5))
+    rounds = decode(model, [3, 1, 4], **how).rounds
     assert [len(r.drafted) for r in rounds] == [r.accepted for r in rounds] == [5] * 10
 
 
