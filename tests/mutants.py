@@ -23,8 +23,8 @@ BLOCKS = "exactness::attention_runs_rows_in_blocks_within_a_view"
 MIXING = "exactness::attention_that_mixes_rows_is_padded_or_runs_each_alone"
 ANSWER = "drafters::a_wrong_answer_is_refused_and_changes_no_text"
 OWN = "drafters::a_drafters_own_cache_follows_the_text"
-ORACLE = "model::decoding_over_the_cache_is_the_oracles"
-FORWARD = "model::forward_is_the_oracles"
+CACHED = "model::decoding_over_the_cache_is_the_ports"
+FORWARD = "model::forward_is_the_ports"
 
 # fault, file, code as it is, code as it breaks, the test that must see it: test_FILE.py::test_NAME
 MUTANTS = [
@@ -55,9 +55,9 @@ MUTANTS = [
     ("exit queries of an earlier round count", "cache.py",
      "self.query_layer = [0] * len(self.queries)", "pass", ANSWER),
     ("mask shows the next position", "model.py", "<= positions[start:, None]",
-     "< positions[start:, None] + 2", ORACLE),
+     "< positions[start:, None] + 2", CACHED),
     ("packed mask off by one", "exact.py", "> positions[:, None]", "> positions[:, None] + 1",
-     ORACLE),
+     CACHED),
     ("unembed without the norm", "model.py", "self.lm_head(self.norm(h))", "self.lm_head(h)",
      FORWARD),
     ("queries rotated, keys not", "model.py", "rotate(k, cos, sin), v", "k, v", FORWARD),

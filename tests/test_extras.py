@@ -4,6 +4,7 @@ import json
 from io import BytesIO
 from types import SimpleNamespace
 
+import check
 import pytest
 import torch
 from helpers import decode, tiny_config, tiny_model
@@ -16,7 +17,6 @@ from extras.early_exit import generate_confident, keep_layers
 from extras.lens import choose_exit, draw, exits, layers_needed
 from extras.trace import boxes, piece, trace_json
 from model import load_checkpoint
-from porting import check
 from support.console import load
 
 COMMANDS = dict(trace=trace, lens=lens, early_exit=early_exit)
