@@ -88,6 +88,12 @@ def corpus(path: Path) -> Path:
     return folder
 
 
+def write_rows(file: Path, rows: Iterable[dict]) -> Path:
+    """JSON Lines."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 def random_adapter(model: Llama, exit_layer: int = 2) -> Adapter:
     """An adapter of Kangaroo that was not trained."""
     torch.manual_seed(1)
