@@ -66,3 +66,14 @@ def command(monkeypatch, capsys):
         return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
 
     return call
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """The figures of matplotlib that are saved."""
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    keep = lambda figure, *to, **how: drawn.append(figure) or save(figure, *to, **how)
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return drawn

@@ -1,13 +1,10 @@
 """What training shows: a line at each save, a word before it compiles, curves of its runs."""
 
-import json
 from io import BytesIO
-from types import SimpleNamespace
 
 import pytest
-from helpers import config_option, corpus
+from helpers import config_option, corpus, write_rows
 from matplotlib.colors import same_color
-from matplotlib.figure import Figure
 
 from extras import curves
 from support import train_command
@@ -31,9 +28,7 @@ ROWS = [
 
 def write(folder, rows):
     folder.mkdir()
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "metrics.jsonl").write_text(text)
-    return folder
+    return write_rows(folder / "metrics.jsonl", rows).parent
 
 
 # --------------------------------------
@@ -81,10 +76,7 @@ def test_training_says_that_it_compiles_before_it_does(train, monkeypatch):
 # Curves
 
 
-def test_curves_are_the_rows_of_two_runs(tmp_path, command, monkeypatch):
-    drawn, save = [], Figure.savefig
-    keep = lambda figure, *to, **how: drawn.append(figure) or save(figure, *to, **how)
-    monkeypatch.setattr(Figure, "savefig", keep)
+def test_curves_are_the_rows_of_two_runs(tmp_path, command, figures):
     a, b = write(tmp_path / "a", ROWS), write(tmp_path / "b", ROWS[:3])
     file = tmp_path / "curves.png"
     run = command(curves.main, str(a), str(b), "--png", str(file))
@@ -93,15 +85,15 @@ def test_curves_are_the_rows_of_two_runs(tmp_path, command, monkeypatch):
         f"{a}, step 3: {worth(ROWS[4]['held_out'])}",
         f"{b}, step 2: {worth(ROWS[2]['held_out'])}",
     ]
-    lines = [[line.get_xydata().tolist() for line in axis.lines] for axis in drawn[0].axes]
+    lines = [[line.get_xydata().tolist() for line in axis.lines] for axis in figures[0].axes]
     over_steps = [[[1, 8], [2, 7], [3, 5]], [[2, 5.5], [3, 4.5]], [[1, 8], [2, 7]], [[2, 5.5]]]
     loss = [[[1, 5.5], [2, 5], [3, 4.5]], [[1, 6.5], [2, 6], [3, 5.5]]]
     agreement = [[[e, e / 3] for e in (1, 2, 3)]] * 2
     assert lines == [over_steps, loss, agreement]
-    colours = [line.get_color() for line in drawn[0].axes[0].lines]
+    colours = [line.get_color() for line in figures[0].axes[0].lines]
     assert [same_color(colours[0], c) for c in colours] == [True, True, False, False]
-    assert all(axis.get_xlabel() and axis.get_title() for axis in drawn[0].axes)
-    named = drawn[0].axes[0].get_legend().get_texts()
+    assert all(axis.get_xlabel() and axis.get_title() for axis in figures[0].axes)
+    named = figures[0].axes[0].get_legend().get_texts()
     assert [text.get_text() for text in named] == [str(a), str(b)]
 
 
@@ -114,6 +106,6 @@ def test_what_is_no_run_is_one_line_and_leaves_no_file(tmp_path, command, kind):
         (folder / "metrics.jsonl").unlink()
     if kind == "damaged":
         (folder / "metrics.jsonl").write_text('{"step": 1, "lo')
-    run: SimpleNamespace = command(curves.main, str(folder), "--png", str(tmp_path / "c.png"))
+    run = command(curves.main, str(folder), "--png", str(tmp_path / "c.png"))
     assert run.code == 2 and run.err.count("\n") == 1 and "run" in run.err and not run.out
     assert not (tmp_path / "c.png").exists()

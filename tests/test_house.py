@@ -77,9 +77,3 @@ def test_the_front_is_five_files_without_options():
         assert "argparse" not in text
         if door := re.search(r"^if __name__ .*", text, re.M | re.S):
             assert door[0].count("\n") <= 4 and f"support.{module}_command import main" in door[0]
-
-
-def test_the_model_begins_before_line_60():
-    lines = MODULES["model"].read_text(encoding="utf-8").split("\n")
-    first = next(n for n, line in enumerate(lines, 1) if re.match(r"class \w+\(nn\.Module\)", line))
-    assert first < 60

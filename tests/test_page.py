@@ -11,7 +11,6 @@ import pytest
 import torch
 from browser import CHROMIUM, Browser
 from conftest import ROOT
-from matplotlib.figure import Figure
 
 from decode import Round, generate
 from exact import pack
@@ -227,20 +226,23 @@ def test_a_page_fits_phone_and_desk_in_light_and_dark(browser, url, width):
 # The lens's picture
 
 
-def test_a_long_text_is_wrapped_long_tokens_are_cut_and_there_is_a_legend(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *to, **how: drawn.append(figure))
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_the_figure_has_a_cell_for_every_exit_and_token_in_bands(figures):
+    """And a line at the layers needed. A token may be anything; a long one is cut."""
     count = lens.BAND + 3
     words = [[f"{row}:{t}" for t in range(count)] for row in range(3)]
+    words[0][:3] = "$x_{$", "漢字", "\\"
     words[1][0], words[2][lens.BAND] = "12345678", "123456789"
-    needed = [1 + t % 2 for t in range(count)]
-    lens.draw(BytesIO(), words, torch.ones(2, count), needed)
-    bands = drawn[0].axes
-    assert [len(axis.texts) for axis in bands] == [3 * lens.BAND, 9]
-    shown = [text.get_text() for axis in bands for text in axis.texts]
-    assert "12345678" in shown and "1234567…" in shown and f"0:{count - 1}" in shown
-    assert [axis.get_xlim() for axis in bands] == [(-0.5, 23.5), (23.5, 47.5)]
-    for axis in bands:
-        assert axis.patches[0].get_data().values.tolist() == [e - 0.5 for e in needed]
-    assert len(drawn[0].legends[0].get_texts()) == 3
-    assert bands[-1].get_xlabel() and all(axis.get_ylabel() == "exit" for axis in bands)
+    shades, needed = torch.linspace(-1, 1, 2 * count).view(2, -1), [1 + t % 2 for t in range(count)]
+    lens.draw(BytesIO(), words, shades, needed)
+    words[2][lens.BAND] = "1234567…"
+    bands = figures[0].axes
+    for axis, shown in zip(bands, (range(lens.BAND), range(lens.BAND, count)), strict=True):
+        cells = {text.get_position(): text.get_text() for text in axis.texts}
+        assert cells == {(t, row): words[row][t] for row in range(3) for t in shown}
+        assert axis.get_xlim() == (shown[0] - 0.5, shown[0] + lens.BAND - 0.5)
+        assert torch.equal(torch.tensor(axis.images[0].get_array().data)[1:], shades)
+        line = axis.patches[0].get_data()
+        assert line.values.tolist() == [e - 0.5 for e in needed] and line.edges[0] == -0.5
+        assert axis.get_ylabel() == "exit"
+    assert len(figures[0].legends[0].get_texts()) == 3 and bands[-1].get_xlabel()
