@@ -14,7 +14,6 @@ from test_files_of_others import made
 
 import exact
 from decode import generate
-from model import load_checkpoint
 from support import console, decode_command, train_command
 from support.tokenizer import Tokenizer
 
@@ -49,31 +48,6 @@ def test_a_compiler_that_fails_is_one_line(tmp_path, options, remedy):
     assert len(before) < 5 and "Traceback" not in done.stderr
 
 
-def test_a_damaged_graph_is_made_again(tmp_path, monkeypatch):
-    from extras import compiled
-
-    monkeypatch.setattr(compiled, "cache_dir", lambda: tmp_path)
-    model = load_checkpoint(made(tmp_path / "a"), torch.float32)
-    x = torch.ones(2, 32)
-    whole = compiled.Graphs(model, 1).unembed(x)
-    sound = {file: file.read_bytes() for file in (tmp_path / "layerskip").rglob("*.*")}
-    assert len(sound) == 4
-    compilations = []
-
-    def compile_again(file, *_):  # what compiling would write
-        compilations.append(file)
-        assert not file.exists(), "the damaged one is gone"
-        for name in (file, file.with_suffix(".json")):
-            name.write_bytes(sound[name])
-
-    monkeypatch.setattr(compiled, "compile_graph", compile_again)
-    for number, (file, length) in enumerate(zip(sound, (0, 9, 1000, 20_000)), 1):
-        file.write_bytes(file.read_bytes()[: min(length, file.stat().st_size - 9)])
-        for _ in range(2):
-            assert torch.equal(compiled.Graphs(model, 1).unembed(x), whole)
-        assert len(compilations) == 2 * number
-
-
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
 def test_text_that_an_encoding_lacks_is_written_as_escapes(monkeypatch, encoding):
     inside, text = io.BytesIO(), "a \N{LATIN SMALL LETTER E WITH ACUTE} \N{SNOWMAN} \ufffd \ud800"
@@ -87,17 +61,14 @@ def test_text_that_an_encoding_lacks_is_written_as_escapes(monkeypatch, encoding
     assert inside.getvalue().strip() == expected
 
 
-@pytest.mark.parametrize(
-    "environment, colours",
-    [
-        ({}, True),
-        ({"NO_COLOR": ""}, True),
-        ({"NO_COLOR": "1"}, False),
-        ({"NO_COLOR": "0"}, False),
-        ({"TERM": "dumb"}, False),
-        ({"TERM": "xterm", "NO_COLOR": ""}, True),
-    ],
-)
+@pytest.mark.parametrize("environment, colours", [
+    ({}, True),
+    ({"NO_COLOR": ""}, True),
+    ({"NO_COLOR": "1"}, False),
+    ({"NO_COLOR": "0"}, False),
+    ({"TERM": "dumb"}, False),
+    ({"TERM": "xterm", "NO_COLOR": ""}, True),
+])  # fmt: skip
 def test_colours_are_for_terminals_that_have_them(tmp_path, monkeypatch, environment, colours):
     for name in ("NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)

@@ -25,21 +25,13 @@ def test_tokens_follow_the_filtered_softmax(sampling):
     draws, counts = 20_000, torch.zeros(len(LOGITS))
     for position in range(draws):
         counts[next_token(LOGITS, position, sampling)] += 1
-    scaled = (LOGITS / sampling.temperature).double()
-    order = scaled.argsort(descending=True).tolist()
-    kept = order[: sampling.top_k] if sampling.top_k else order
-    probability = [math.exp(scaled[i]) for i in kept]
-    probability = [p / sum(probability) for p in probability]
-    total, expected = 0.0, torch.zeros(len(LOGITS))
-    for i, p in zip(kept, probability):
-        if total < sampling.top_p:
-            expected[i] = p
-        total += p
-    expected *= draws / expected.sum()
-    inside = expected > 0
-    assert counts[~inside].sum() == 0
-    chi_square = ((counts - expected)[inside] ** 2 / expected[inside]).sum().item()
-    degrees = int(inside.sum()) - 1
+    likely, order = (LOGITS / sampling.temperature).double().sort(descending=True)
+    likely = likely[: sampling.top_k or None].softmax(-1)
+    kept = (likely.cumsum(-1) - likely < sampling.top_p).sum()
+    expected, counts = likely[:kept] / likely[:kept].sum() * draws, counts[order]
+    assert counts[kept:].sum() == 0
+    chi_square = ((counts[:kept] - expected) ** 2 / expected).sum().item()
+    degrees = int(kept) - 1
     assert chi_square < degrees + 4 * math.sqrt(2 * degrees)  # about one in twenty thousand
 
 

@@ -137,10 +137,7 @@ def test_streamed_text_never_shows_half_a_character(tokenizer, text, draw):
     assert tokenizer.decode(ids[:cut]) + "".join(parts) == tokenizer.decode(ids)
 
 
-WIDE = ["漢" * 12, "漢" * 200, "the 漢" * 30, "😀é" * 40 + "x", "漢字" * 9]
-
-
-@pytest.mark.parametrize("text", WIDE)
+@pytest.mark.parametrize("text", ["漢" * 200, "the 漢" * 30, "😀é" * 40 + "x"])
 def test_characters_outside_the_vocabulary_stream_whole(tokenizer, text):
     ids = tokenizer.encode(text)
     assert "".join(streamed(tokenizer, [], [[i] for i in ids])) == tokenizer.decode(ids) == text
@@ -149,16 +146,17 @@ def test_characters_outside_the_vocabulary_stream_whole(tokenizer, text):
     assert [part for part in parts if "😀" in part] and "".join(parts).strip() == "x😀x"
 
 
-def repeated(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a long text, of one byte after the other that is no text, or of BOS alone."""
-    ids = tokenizer.encode(text or "漢", bos=False)
-    return 1000 * [tokenizer.bos] if text == "bos" else 200 * ids if text else 1000 * ids[-1:]
 
 
+
+# One byte after the other that is no text, and BOS alone, among them.
 @pytest.mark.parametrize("text", ["the fox ", "漢😀", "漢字", "😀", "é", "the漢", "", "bos"])
 def test_the_work_for_a_token_does_not_grow_with_the_text(tokenizer, monkeypatch, text):
     """Counts the ids that are decoded."""
-    ids = repeated(tokenizer, text) if text != "bos" or tokenizer.bos is not None else [0]
+    ids = tokenizer.encode(text or "漢", bos=False)
+    ids = 200 * ids if text else 1000 * ids[-1:]
+    if text == "bos":
+        ids = 1000 * [tokenizer.bos or 0]
     stream, work, decode = Stream(tokenizer, ids), [0], tokenizer._decode
     monkeypatch.setattr(tokenizer, "_decode", lambda ids: (work.append(len(ids)), decode(ids))[1])
     parts = [stream.feed([i]) for i in ids]
@@ -222,7 +220,7 @@ def refusal(path: Path) -> str:
     return message
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}', "[" * 10**5])
+@pytest.mark.parametrize("text", ["", "{", '{"model": 3}', "[" * 10**5])
 def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path, text):
     assert "no tokenizer" in refusal(tmp_path / "nothing")
     (tmp_path / "tokenizer.json").write_text(text)
@@ -232,11 +230,11 @@ def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path, text):
     assert "not a sentencepiece model" in refusal(tmp_path) == refusal(tmp_path / "tokenizer.model")
 
 
-@pytest.mark.parametrize("fault", ["a long value", "a template of an unknown id"])
-def test_a_fault_inside_tokenizer_json_is_one_line(fast, fault):
+@pytest.mark.parametrize("long", [True, False])
+def test_a_fault_inside_tokenizer_json_is_one_line(fast, long):
     """The second makes the library panic, with an exception that is no Exception."""
     found = json.loads((fast / "tokenizer.json").read_text())
-    if fault == "a long value":
+    if long:
         found["model"]["vocab"]["<bos>"] = "x\n\x1b" * 10**5
     else:
         found["post_processor"]["special_tokens"] = {}
