@@ -279,14 +279,14 @@ def test_a_planted_fault_of_batching_is_named(model, name, rule, batch, sequence
     assert broken.rule == rule, str(broken)
 
 
-def test_every_batch_rule_that_check_names_has_a_fault_and_is_in_the_text():
+def test_every_batch_rule_has_a_fault_and_a_text():
     assert {rule for _, rule, *_ in FAULTS} | {"12.1"} == set(check.BATCH_RULES)
     text = (PORTING / "SERVING.md").read_text()
     for rule in check.BATCH_RULES:
         assert re.search(rf"^{re.escape(rule)} ", text, re.MULTILINE), rule
 
 
-def test_the_readme_lists_the_planted_faults_of_batching():
+def test_the_readme_lists_the_faults_of_batching():
     named = {(said(batch, sequence), rule) for _, rule, batch, sequence in FAULTS}
     assert in_readme("Planted faults of batching") == named
 
@@ -324,7 +324,7 @@ def test_the_batches_show_what_they_are_for(model, name):
     assert max(map(len, owners.values())) > 2 and len(set(map(len, steps))) > 1
 
 
-def test_a_prefix_may_share_slots_where_it_is_live_and_the_same(model, monkeypatch):
+def test_a_live_prefix_may_share_slots(model, monkeypatch):
     """lane-seed-5 and lane-seed-11 have one prompt."""
     found, shared = trace(model, "few-slots"), []
     for e in entries(found):
@@ -370,7 +370,7 @@ def test_what_is_not_a_batch_is_refused(model, path, value):
         check.check(found)
 
 
-def test_a_sequence_that_never_comes_or_stops_too_early_is_named(model):
+def test_a_missing_sequence_is_named(model):
     found = trace(model, "one-exit")
     found["batches"][0]["steps"][-2:] = []
     broken = check.check(found).broken

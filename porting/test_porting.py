@@ -96,7 +96,7 @@ def aside(tmp_path, monkeypatch):
     return folder
 
 
-def test_golden_files_are_written_alike_twice_and_as_committed(aside):
+def test_golden_files_are_written_as_committed(aside):
     golden.write()
     first = {file.name: file.read_bytes() for file in aside.iterdir() if file.is_file()}
     golden.write()
@@ -180,7 +180,7 @@ def test_the_ties_are_exact_in_every_type(dtype):
     assert top.tolist() == [1.0, 0.5, 1 / 16] and logits[1, 3] == logits[1, 5]
 
 
-def test_the_specification_counts_cases_and_filters():
+def test_the_specification_counts_cases():
     text = " ".join(SPEC.split())
     assert f"{len(CASES)} cases and {len(COMMITTED['filters'])} filters" in text
     kept = golden.KEEP_KV.split()
@@ -484,7 +484,7 @@ KEYS = "keys values"  # to leave out
     SEEN,
     ids=[f"{name}-{fault.__doc__}" for fault, name, *_ in SEEN],
 )
-def test_a_planted_fault_is_named_by_rule_and_place(
+def test_a_planted_fault_is_named(
     ports, fault, name, rule, shows, layer, position
 ):
     broken = checked(run(ports, fault, name))
@@ -620,7 +620,7 @@ def test_a_wrong_scaling_is_named_by_its_step(fault, name, without):
 
 @pytest.mark.parametrize("fault", MODELS)
 @pytest.mark.parametrize("without", ["", KEYS])
-def test_a_wrong_model_is_blamed_and_not_its_decoder(fault, without):
+def test_a_wrong_model_is_blamed(fault, without):
     """On the layer with keys and values; on the head, by the plain case's logits, without."""
     ports = {"model": fault(golden.GOLDEN / "model", "float64")}
     see, layer, position = MODELS[fault]
@@ -640,20 +640,20 @@ def test_products_of_few_bits_are_asked_for(dtype):
     assert broken.rule == "1.3" and "TF32 or bfloat16" in str(broken)
 
 
-def test_angles_in_float64_are_told_from_a_broken_decoder():
+def test_angles_in_float64_are_named():
     ports = {"model": AnglesInFloat64(golden.GOLDEN / "model", "float64")}
     broken = checked(run(ports, Decoder, *(n for n, case in CASES.items() if "model" not in case)))
     assert broken.rule == "1.3" and "angles formed in float64" in str(broken)
 
 
-def test_a_wrong_prefill_is_blamed_by_logits_once_the_model_is_right(ports):
+def test_a_wrong_prefill_is_blamed_by_logits(ports):
     broken = checked(run(ports, PrefillShort, "plain", "plain-sampled", without=KEYS))
     assert (broken.case, broken.rule, broken.layer) == ("plain", "6.2", HEAD)
 
 
 @pytest.mark.parametrize("without", ["", KEYS, KEYS + " exit_queries logits"])
 @pytest.mark.parametrize("name", ["plain-sampled", "plain", "greedy-E3-d4"])
-def test_a_prefill_that_runs_the_last_token_is_named_without_start(ports, name, without):
+def test_a_long_prefill_is_named_without_start(ports, name, without):
     broken = checked(run(ports, PrefillLong, name, without=without + " start"))
     assert broken.round == 0 and "6.2" in str(broken), str(broken)
     # Two rows of one token have equal logits.
@@ -667,7 +667,7 @@ def test_a_prefill_that_runs_the_last_token_is_named_without_start(ports, name, 
     (KEYS + " exit_queries", "5.2", HEAD),
     (KEYS + " exit_queries logits", "4.3", None),
 ])  # fmt: skip
-def test_a_stale_key_is_found_the_earlier_the_more_is_shown(ports, without, rule, layer):
+def test_the_more_is_shown_the_earlier_a_stale_key(ports, without, rule, layer):
     """In its own round and layer with keys; in the next round's first query or logits without."""
     name = "all-rejected-sampled"
     broken = checked(run(ports, NeverWritesTwice, name, without=without))
@@ -729,7 +729,7 @@ def test_missing_live_keys_break_a_rule(ports):
     assert "keys at 12 positions" in str(broken)
 
 
-def test_every_rule_that_check_names_has_a_fault_and_is_in_the_text():
+def test_every_rule_has_a_fault_and_a_text():
     named = {seen[2] for seen in SEEN} | {rule for *_, rule in [*MUTATIONS, *FILTERS.values()]}
     assert named | {"1.3"} == set(check.RULES)
     for rule in check.RULES:
@@ -745,7 +745,7 @@ def in_readme(heading: str) -> set[tuple[str, str]]:
     return set(re.findall(r"^\| ([a-zES].*) \| ([\d.]+) \|$", text, re.MULTILINE))
 
 
-def test_the_readme_lists_the_planted_faults_with_their_rules():
+def test_the_readme_lists_the_faults():
     named = {(fault.__doc__, rule) for fault, _, rule, *_ in SEEN}
     named |= {(says, rule) for says, (_, rule) in FILTERS.items()}
     named |= {(fault.__doc__, "1.3") for fault in WRONG_MODELS}
@@ -756,14 +756,14 @@ def test_the_readme_lists_the_planted_faults_with_their_rules():
 # What check.py says, and refuses
 
 
-def test_a_trace_with_a_case_less_does_not_keep_every_rule(whole):
+def test_a_case_less_is_not_every_rule(whole):
     assert str(check.check(whole)).startswith("every rule holds")
     report = str(check.check(whole | {"cases": whole["cases"][1:]}))
     assert report.startswith("no rule is broken, as far as the trace goes")
     assert report.endswith(f"cases not given: {whole['cases'][0]['name']}")
 
 
-def test_the_report_counts_what_was_compared_and_names_what_was_not(ports):
+def test_the_report_counts_what_was_compared(ports):
     trace = run(ports, Decoder, "greedy-E3-d4", "greedy-E1-d1")
     rounds = [r for case in trace["cases"] for r in case["rounds"]]
     del trace["cases"][0]["values"], rounds[0]["logits"], rounds[0]["layer_runs"]
@@ -778,14 +778,14 @@ def test_the_report_counts_what_was_compared_and_names_what_was_not(ports):
     assert report.endswith(f"cases not given: {left}")
 
 
-def test_empty_exit_queries_in_a_plain_case_are_none(whole):
+def test_empty_exit_queries_are_none(whole):
     trace = copy.deepcopy(whole)
     trace["cases"][0]["rounds"][0]["exit_queries"] = []
     assert check.check(trace).compared == check.check(whole).compared
 
 
 @pytest.mark.parametrize("name", ["plain", "greedy-E1-d1"])
-def test_float32_numbers_that_do_not_say_so_are_refused(name):
+def test_float32_numbers_must_say_so(name):
     """Unless they are near enough."""
     trace = run(numpy_decode.load_golden("float32"), Decoder, name)
     nameless = {key: trace[key] for key in trace if key != "dtype"}
@@ -797,7 +797,7 @@ def test_float32_numbers_that_do_not_say_so_are_refused(name):
     assert check.check(trace | {"dtype": "float32"}, tolerance=1e-9).broken.rule != "6.2"
 
 
-def test_a_trace_without_a_dtype_is_held_to_the_tighter_tolerance(ports):
+def test_without_a_dtype_float64_is_meant(ports):
     trace = run(ports, Decoder, "plain")
     del trace["dtype"]
     assert checked(trace) is None
@@ -893,7 +893,7 @@ def test_check_exits_0_1_and_2_in_one_line_each(ports, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["golden.py", "numpy_decode.py"])
-def test_a_trace_is_written_by_command_and_a_bad_path_exits_2(name, tmp_path):
+def test_commands_write_traces_or_exit_2(name, tmp_path):
     ran = script(name, "--trace", tmp_path / name, "--dtype", "float32")
     assert ran.returncode == 0 and checked(json.loads((tmp_path / name).read_text())) is None
     ran = script(name, "--trace", tmp_path / "none" / name)
@@ -911,7 +911,7 @@ def test_help_needs_no_safetensors_and_porting_no_torch(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_port_reads_checkpoints_and_says_what_the_reference_says(dtype, tied, tmp_path):
+def test_the_port_says_what_the_reference_says(dtype, tied, tmp_path):
     config = tiny_config(tied=tied, eos=(7,), n_kv_heads=1)
     model = tiny_model(config, damp_from=2, dtype=dtype)
     save_checkpoint(model, tmp_path)

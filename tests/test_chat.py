@@ -28,7 +28,7 @@ def checkpoint(path, template=TEMPLATE, make=byte_level):
 
 
 @pytest.mark.parametrize("make", [byte_level, ours])
-def test_a_conversation_is_the_templates_text_and_ids(tmp_path, make):
+def test_a_conversation_is_its_templates_ids(tmp_path, make):
     tokenizer = checkpoint(tmp_path, make=make)
     chat, bos, eos = Chat(tmp_path), tokenizer.bos, tokenizer.eos
     plain = lambda text: tokenizer.encode(text, bos=False)
@@ -60,7 +60,7 @@ def test_a_file_of_its_own_comes_first(tmp_path):
     ("{{ ''.__class__.__mro__ }}", "refuses this"),
     ("{{ 'a' * 10**12 }}", "refuses this"),
 ])  # fmt: skip
-def test_a_template_that_cannot_be_used_is_one_line(tmp_path, template, reason):
+def test_a_useless_template_is_one_line(tmp_path, template, reason):
     checkpoint(tmp_path, template)
     with pytest.raises(ValueError, match=reason) as refused:
         Chat(tmp_path).ask("a")

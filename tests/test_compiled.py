@@ -38,7 +38,7 @@ DRAFTS = st.tuples(
     st.sampled_from([0.0, 0.0, 1.0]),
     st.lists(DRAFTS, min_size=3, max_size=3),
 )
-def test_compiled_text_is_bitwise_plain_whoever_drafts(model, prompt, temperature, drafts):
+def test_compiled_is_bitwise_plain_whoever_drafts(model, prompt, temperature, drafts):
     sampling = Sampling(temperature, seed=3)
     plain = decode_90(model, prompt, sampling=sampling)
     for who, length, confidence in drafts:
@@ -46,7 +46,7 @@ def test_compiled_text_is_bitwise_plain_whoever_drafts(model, prompt, temperatur
         assert same_bits(decode_90(model, prompt, sampling=sampling, **how), plain), who
 
 
-def test_compiled_logits_are_nearly_the_packed_models(model):
+def test_compiled_logits_are_near_packed_ones(model):
     packed = pack(tiny_model(model.config, damp_from=1, dtype=model.dtype))
     (tokens, logits, _), (others, expected, _) = (decode(m, [3, 1, 4]) for m in (model, packed))
     same = next((i for i, (a, b) in enumerate(zip(tokens, others)) if a != b), len(tokens)) + 1
@@ -55,14 +55,14 @@ def test_compiled_logits_are_nearly_the_packed_models(model):
     torch.testing.assert_close(logits[:same], expected[:same], atol=tolerance, rtol=0)
 
 
-def test_threads_on_one_model_do_not_mix_their_texts(model):
+def test_threads_do_not_mix_their_texts(model):
     text = lambda p: decode_90(model, [p, 2, 5], exit_layer=p % 2, draft_len=4)
     with ThreadPoolExecutor(4) as threads:
         assert all(map(same_bits, threads.map(text, range(8)), map(text, range(8))))
 
 
 @pytest.mark.parametrize("exit_layer", [0, 2])
-def test_logits_do_not_depend_on_the_exit_compiled_for(model, exit_layer):
+def test_logits_do_not_depend_on_the_exit(model, exit_layer):
     """So `--full --compile` and `--exit E --compile` of two commands agree."""
     whole = tiny_model(model.config, damp_from=1, dtype=model.dtype)
     compiled.compile_model(whole, exit_layer)
@@ -75,7 +75,7 @@ def test_a_pass_within_a_graph_is_refused():
         next(generate(whole, [1, 2], exit_layer=2))
 
 
-def test_rows_that_do_not_keep_apart_leave_the_model_plain(monkeypatch):
+def test_rows_that_mix_leave_the_model_plain(monkeypatch):
     class Mixing:
         def __init__(self, model, group):
             self.plain, self.unembed = model.run_layers, model.unembed
@@ -103,7 +103,7 @@ def test_what_cannot_be_compiled_is_refused(dtype, exit_layer):
         compiled.compile_model(tiny_model(tiny_config(**CONFIG), dtype=dtype), exit_layer)
 
 
-def test_a_shape_is_compiled_once_whatever_the_weights(model, monkeypatch, capsys):
+def test_a_shape_is_compiled_once(model, monkeypatch, capsys):
     again = tiny_model(model.config, damp_from=1, dtype=model.dtype)
     other = tiny_model(model.config, seed=5, dtype=model.dtype)
     monkeypatch.setattr(torch.export, "export", None)  # would be needed to compile anew
@@ -137,7 +137,7 @@ def test_a_damaged_graph_is_made_again(model, tmp_path, monkeypatch):
         assert len(compilations) == 2 * number
 
 
-def test_this_pytorchs_products_are_changed_and_put_back():
+def test_products_are_changed_and_put_back():
     with products.faster_products():
         gemm = import_module("torch._inductor.codegen.cpp_micro_gemm")
         kernel, configs = gemm.CppMicroGemmFP32Vec, gemm.micro_gemm_configs

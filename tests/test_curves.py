@@ -43,7 +43,7 @@ def train(command, tmp_path):
     return lambda *more: command(train_command.main, *where, *config_option(**shape), *more)
 
 
-def test_each_save_is_a_line_with_what_the_metrics_say(train, tmp_path):
+def test_a_save_is_a_line_of_its_metrics(train, tmp_path):
     run = train("--steps", "5", "--save-every", "2", "--no-compile")
     assert run.code == 0 and "compiling" not in run.err
     lines = [line for line in run.err.splitlines() if "held out" in line]
@@ -54,7 +54,7 @@ def test_each_save_is_a_line_with_what_the_metrics_say(train, tmp_path):
     assert file.getvalue().startswith(b"\x89PNG")
 
 
-def test_a_save_is_told_by_four_exits_and_the_last_layer():
+def test_a_save_is_told_by_four_exits_and_the_last():
     assert worth(found(5.0, 4.0)).endswith("1:5.00 50%  2:4.00 100%")
     for layers in (3, 5, 6, 12, 24, 81):
         shown = [part.split(":")[0] for part in worth(found(*range(layers))).split() if ":" in part]
@@ -62,7 +62,7 @@ def test_a_save_is_told_by_four_exits_and_the_last_layer():
         assert shown[0] == "1" and shown[-1] == str(layers) and len(shown) <= 5
 
 
-def test_training_says_that_it_compiles_before_it_does(train, monkeypatch):
+def test_training_says_that_it_compiles(train, monkeypatch):
     def compiled(self, *how, **more):
         raise ValueError("here it would compile")
 
@@ -98,7 +98,7 @@ def test_curves_are_the_rows_of_two_runs(tmp_path, command, figures):
 
 
 @pytest.mark.parametrize("kind", ["no folder", "no metrics", "no save", "damaged"])
-def test_what_is_no_run_is_one_line_and_leaves_no_file(tmp_path, command, kind):
+def test_what_is_no_run_is_one_line(tmp_path, command, kind):
     folder = tmp_path / "run"
     if kind != "no folder":
         write(folder, ROWS[:2])

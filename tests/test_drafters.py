@@ -60,7 +60,7 @@ def test_skipped_sublayers_are_left_out(monkeypatch):
     torch.testing.assert_close(seen[0][0], expected[0])
 
 
-def test_the_search_finds_the_sublayers_that_add_nothing():
+def test_the_search_finds_idle_sublayers():
     model = tiny_model(damp_from=2, damping=0.0)
     tokens = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(0))
     seen = []
@@ -76,13 +76,13 @@ def test_the_search_finds_the_sublayers_that_add_nothing():
     ("66", 4, "6666"),  # a copy goes on with itself
     ("15656", 5, "56565"),
 ])  # fmt: skip
-def test_lookup_copies_what_came_after_the_longest_match(text, limit, copy):
+def test_lookup_copies_after_the_longest_match(text, limit, copy):
     found = PromptLookup(None, None).draft([*map(int, text)], limit, None)
     assert found == ([*map(int, copy)], 0)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 9))
-def test_lookup_in_a_growing_text_is_that_in_the_whole(tokens, limit):
+def test_lookup_grows_with_the_text(tokens, limit):
     growing = PromptLookup(None, None)
     for end in range(1, len(tokens) + 1, 3):
         found = growing.draft(tokens[:end], limit, None)
@@ -109,7 +109,7 @@ def test_copies_are_used_while_they_beat_the_exit(monkeypatch):
         assert hybrid.draft(text, 4, None) == best
 
 
-def test_jacobi_guesses_what_was_said_beyond_the_correction():
+def test_jacobi_guesses_what_was_said_beyond():
     jacobi, pick = Jacobi(None, None), lambda logits, position: int(logits.argmax())
     assert jacobi.draft([5], 3, pick) == ([5, 5, 5], 0)
     logits = torch.eye(9)[[4, 7, 8, 2]]  # rows of [5] and the guesses: 4 is not 5, one emitted
@@ -156,7 +156,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_answer_is_refused_and_changes_no_text(wrong):
+def test_a_wrong_answer_is_refused(wrong):
     """After an honest round, whose exit queries must not count for the next."""
     model, rounds = pack(tiny_model()), []
     with pytest.raises(ValueError, match="a drafter") as refused:
@@ -167,7 +167,7 @@ def test_a_wrong_answer_is_refused_and_changes_no_text(wrong):
     assert len(rounds) == 1 and str(refused.value).isprintable()
 
 
-def test_a_drafter_of_ones_own_may_run_layers_or_none():
+def test_a_drafter_of_ones_own_changes_no_bit():
     model = pack(tiny_model(damp_from=2))
     plain = decode(model, [3, 1])
     for drafter in (NoDraft, Honest, answering(lambda self, tokens: (tokens[-2:], 0))):
@@ -206,7 +206,7 @@ OPTIONS = {
 }
 
 
-def test_an_option_names_the_drafter_and_its_own_settings(made):
+def test_an_option_names_drafter_and_settings(made):
     plain = decode(pack(tiny_model()), [3, 1])
     options = {text: parse_drafter(text, made, 2) for text in OPTIONS}
     pack(made)
@@ -237,7 +237,7 @@ OTHERS = ["window:0", "window:x", "model:none", "kangaroo:none", "model:foreign"
 
 
 @pytest.mark.parametrize("text", [*UNKNOWN, *("skip:" + x for x in SKIPS), *FILES, *OTHERS])
-def test_an_option_that_cannot_be_is_one_clear_line(made, text):
+def test_an_impossible_option_is_one_line(made, text):
     with pytest.raises(ValueError) as refused:
         parse_drafter(text, made)
     assert str(refused.value).isprintable()
@@ -259,7 +259,7 @@ def silent_adapter(model, exit_layer=2):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("confidence", [0.0, 0.2])
-def test_a_silent_adapter_drafts_what_the_exit_drafts(temperature, confidence):
+def test_a_silent_adapter_is_the_exit(temperature, confidence):
     model = tiny_model(damp_from=2)
     how = dict(sampling=Sampling(temperature, seed=5), min_confidence=confidence)
     drafter = partial(Kangaroo, adapter=silent_adapter(model))
@@ -304,7 +304,7 @@ def test_a_drafters_own_cache_follows_the_text(who, by_hand, prompt, accepts_all
     assert fates(rounds) == {"all"} if accepts_all else fates(rounds) > {"all"}
 
 
-def test_training_makes_an_adapter_foresee_a_fixed_model():
+def test_training_makes_an_adapter_foresee():
     torch.manual_seed(0)
     model = tiny_model(tiny_config(n_layers=3), damp_from=1, damping=0.4).requires_grad_(False)
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -323,7 +323,7 @@ def test_training_makes_an_adapter_foresee_a_fixed_model():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_an_adapter_is_saved_whole_and_one_that_does_not_fit_is_refused(tmp_path):
+def test_an_adapter_is_saved_whole_and_must_fit(tmp_path):
     model, file = tiny_model(dtype=torch.bfloat16), tmp_path / "adapter.safetensors"
 
     def assert_refused(model=model):
@@ -356,7 +356,7 @@ def train(small, tmp_path, command):
     return lambda options: command(kangaroo.main, *(where + options).split())
 
 
-def test_the_command_trains_an_adapter_that_decode_can_use(train, small, tmp_path):
+def test_the_command_trains_an_adapter(train, small, tmp_path):
     losses = []
     for steps in (1, 80):
         run = train(f"--steps {steps} --lr 0.02")
@@ -368,7 +368,7 @@ def test_the_command_trains_an_adapter_that_decode_can_use(train, small, tmp_pat
 
 
 @pytest.mark.parametrize("bad", ["--exit 4", "--steps 0", "--seq 99999", "--data none"])
-def test_impossible_training_is_one_line_and_leaves_no_adapter(train, tmp_path, bad):
+def test_impossible_training_leaves_no_adapter(train, tmp_path, bad):
     run = train(f"--steps 2 {bad}")
     assert run.code == 2 and run.err.count("\n") == 1 and "kangaroo: " in run.err
     assert not (tmp_path / "out" / "adapter.safetensors").exists()

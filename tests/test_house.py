@@ -55,7 +55,7 @@ def test_a_module_imports_only_those_below_it(module):
     assert imports(module, functions=True) <= set(MAY_IMPORT[module].split())
 
 
-def test_only_the_commands_of_support_import_extras():
+def test_only_commands_import_extras():
     support = {name for name in MODULES if name.startswith("support.")} - {"support.__init__"}
     commands = {name for name in support if name.endswith("_command")}
     assert support | set(FRONT) == commands | MAY_IMPORT.keys() and len(commands) == 2

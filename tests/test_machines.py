@@ -49,7 +49,7 @@ def test_a_compiler_that_fails_is_one_line(tmp_path, options, remedy):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
-def test_text_that_an_encoding_lacks_is_written_as_escapes(monkeypatch, encoding):
+def test_text_that_an_encoding_lacks_is_escaped(monkeypatch, encoding):
     inside, text = io.BytesIO(), "a \N{LATIN SMALL LETTER E WITH ACUTE} \N{SNOWMAN} \ufffd \ud800"
     out = io.TextIOWrapper(inside, encoding)
     monkeypatch.setattr(sys, "stdout", out)
@@ -83,7 +83,7 @@ def test_colours_are_for_terminals_that_have_them(tmp_path, monkeypatch, environ
 
 
 @pytest.mark.parametrize("module", [decode_command, train_command])
-def test_help_fits_a_screen_and_shows_every_default(monkeypatch, module):
+def test_help_shows_every_default(monkeypatch, module):
     monkeypatch.setenv("COLUMNS", "80")
     parser = module.parser()
     lines = parser.format_help().splitlines()
@@ -112,7 +112,7 @@ def typed(monkeypatch, *lines: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
 
 
-def test_ctrl_c_ends_an_answer_and_not_the_conversation(tmp_path, monkeypatch, command):
+def test_ctrl_c_ends_an_answer_alone(tmp_path, monkeypatch, command):
     """And what was said until then is part of it."""
     asked = []
 
@@ -132,7 +132,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(tmp_path, monkeypatch, c
     assert "2 tokens" in run.err and "4 tokens" in run.err
 
 
-def test_a_prompt_from_a_file_with_a_byte_order_mark(tmp_path, monkeypatch, command):
+def test_a_byte_order_mark_is_no_prompt(tmp_path, monkeypatch, command):
     typed(monkeypatch, "\ufeffdef f():")
     options = f"--ckpt {made(tmp_path / 'a')} --json --max-new-tokens 2 -"
     assert '"prompt": "def f():' in command(decode_command.main, *options.split()).out

@@ -102,7 +102,7 @@ def test_decoding_over_the_cache_is_the_ports(config, prompt, seed, exact, data)
     assert near(expected[range(12), tokens], expected.max(-1))
 
 
-def test_prefill_in_pieces_leaves_what_single_tokens_leave():
+def test_prefill_in_pieces_is_prefill_of_tokens():
     model = tiny_model(tiny_config(max_len=2048, n_layers=2), dtype=torch.float64)
     prompt = [i * 7 % 61 for i in range(2 * PREFILL_ROWS + 76)]
     at_once, singly = (new_cache(model, len(prompt), 0) for _ in range(2))
@@ -144,7 +144,7 @@ def test_attention_of_rows_is_that_of_the_sequence(
     assert models[0].row_attention is row_attention is not models[1].row_attention
 
 
-def test_a_model_that_has_decoded_trains_and_changes_its_type():
+def test_a_model_that_has_decoded_trains():
     model, tokens = tiny_model(), torch.tensor([[1, 2, 3]])
     list(generate(model, [1, 2], max_new_tokens=3))
     model(tokens).sum().backward()
@@ -167,7 +167,7 @@ def test_the_caches_bytes_are_the_designs_formula(dtype, itemsize):
     assert whole.max_len == 2 * VIEW and whole.keys.dtype == whole.queries.dtype == dtype
 
 
-def test_the_cache_gives_back_what_was_written_and_copies_nothing():
+def test_the_cache_gives_back_what_was_written():
     cache = KVQCache(2, 2, 8, 24, 100, 5)
     k = torch.randn(3, 2, 8)
     cache.write(1, 4, k, 2 * k)
@@ -239,7 +239,7 @@ def test_both_dialects_of_config_say_the_same():
     assert read(old) == read(older) == read(new) == scaled
 
 
-def test_what_a_config_does_not_say_is_as_in_transformers():
+def test_config_defaults_are_transformers():
     needed = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
     found = read({"model_type": "llama"} | {k: GIVEN[k] for k in needed.split()})
     assert (found.n_kv_heads, found.head_dim) == (4, 6) and not found.tied
@@ -248,7 +248,7 @@ def test_what_a_config_does_not_say_is_as_in_transformers():
 
 
 @pytest.mark.parametrize("name", RANGES)
-def test_a_field_out_of_its_range_is_refused_by_name(name):
+def test_a_field_out_of_range_is_refused(name):
     (low, high), key = RANGES[name], (KEYS | ROPE_KEYS | {"rope_theta": "rope_theta"})[name]
     wrong = [low - 1 if isinstance(low, int) else low / 2, 2 * high, 10**400, math.nan, "4", True]
     for value in (*wrong, *[low + 0.5] * isinstance(low, int), [low], {}):
@@ -328,7 +328,7 @@ def test_what_is_saved_loads_to_the_same_bits(tmp_path, tied, dtype):
     assert torch.equal(wide.lm_head.weight, model.lm_head.weight.double())
 
 
-def test_saved_files_are_as_transformers_names_them(tmp_path):
+def test_saved_files_have_transformers_names(tmp_path):
     model = tiny_model(tiny_config(tied=True, eos=(2,)))
     save_checkpoint(model, tmp_path)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -342,7 +342,7 @@ def test_saved_files_are_as_transformers_names_them(tmp_path):
     assert config["torch_dtype"] == "float32" and config["rope_scaling"] is None
 
 
-def test_a_packed_model_refuses_to_be_saved_and_leaves_nothing(tmp_path):
+def test_a_packed_model_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="packed"):
         save_checkpoint(pack(tiny_model()), tmp_path / "new")
     assert not (tmp_path / "new").exists()

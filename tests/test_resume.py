@@ -156,7 +156,7 @@ def aside(run: Path) -> set[Path]:
     return set(run.glob(".*.tmp"))
 
 
-def test_a_run_that_is_killed_ends_with_the_same_bits(whole, run):
+def test_a_killed_run_ends_with_the_same_bits(whole, run):
     """Kills at random times after a process's first step, and when it has begun to save."""
     chance, kills, in_save = random.Random(0), 0, 0
     for number in range(12):
@@ -178,7 +178,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(whole, run):
     assert_same_bits(run, whole[0])
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(whole, run):
+def test_ctrl_c_saves_and_the_run_goes_on(whole, run):
     process = start(run, whole[1])
     wait_for(lambda: steps_done(run) >= 4, process)
     stop(process, how=signal.SIGINT)
@@ -188,7 +188,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(whole, run):
     assert_same_bits(run, whole[0])
 
 
-def test_a_compiled_run_that_is_stopped_ends_with_the_same_bits(whole, tmp_path):
+def test_a_compiled_run_goes_on_to_the_same_bits(whole, tmp_path):
     """Stopped before steps whose batches skip samples: other sizes than a run begins with."""
     one, other = prepared(whole[0], tmp_path / "one"), prepared(whole[0], tmp_path / "other")
     graphs = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "graphs")}
@@ -203,7 +203,7 @@ def test_a_compiled_run_that_is_stopped_ends_with_the_same_bits(whole, tmp_path)
     assert_same_bits(one, other)
 
 
-def test_two_processes_stop_together_and_train_as_one(whole, run):
+def test_two_processes_stop_and_train_as_one(whole, run):
     """Ctrl-C reaches one of them alone.
 
     Layer dropout of 0.6 on two samples each: often one process runs a layer alone.
@@ -216,7 +216,7 @@ def test_two_processes_stop_together_and_train_as_one(whole, run):
     assert_close(run, whole[0])
 
 
-def test_a_full_disk_is_one_line_and_the_last_state_stays(whole, run):
+def test_a_full_disk_leaves_the_last_state(whole, run):
     process = start(run, whole[1])
     wait_for(lambda: step(run) > 0, process)
     stop(process)
@@ -230,7 +230,7 @@ def test_a_full_disk_is_one_line_and_the_last_state_stays(whole, run):
 
 
 @pytest.mark.parametrize("first", [1, 2])
-def test_a_run_goes_on_with_another_number_of_processes(whole, run, first):
+def test_a_run_goes_on_with_more_or_less_processes(whole, run, first):
     processes = start_some(run, whole[1], first)
     wait_for(lambda: steps_done(run) >= 8, processes[0])
     stop(*processes)
@@ -241,7 +241,7 @@ def test_a_run_goes_on_with_another_number_of_processes(whole, run, first):
 
 
 @pytest.mark.parametrize("sharded_first", [False, True])
-def test_a_run_goes_on_with_or_without_torchrun_as_it_began(whole, tmp_path, sharded_first):
+def test_a_run_goes_on_with_torchrun_as_it_began(whole, tmp_path, sharded_first):
     run = shutil.copytree(whole[0], tmp_path / "run")
     if sharded_first:
         (run / "state.safetensors").rename(run / "state-shards")

@@ -35,7 +35,7 @@ def dropouts(recipe: Recipe, t: int, layers: int = 5, steps: int = 101) -> list[
 # Schedules
 
 
-def test_layerskips_dropout_grows_over_layers_and_time():
+def test_layerskips_dropout_grows():
     # D(l) = 2^(l/4) - 1 = 0, 0.189207, 0.414214, 0.681793, 1
     depth = np.array([0, 0.1892071, 0.4142136, 0.6817928, 1])
     assert dropouts(LAYERSKIP["continual"], 17) == pytest.approx(0.1 * depth, abs=1e-7)
@@ -79,7 +79,7 @@ def test_exit_weights_are_layerskips():
     assert found == pytest.approx({2: 0.5 / 6.5, 3: 1.5 / 6.5, 4: 4.5 / 6.5})
 
 
-def test_exit_weights_may_be_uniform_or_the_last_layers_alone():
+def test_exit_weights_may_be_uniform_or_the_lasts():
     found = weights_of(0, 4, exits="1,3", rotation=1, e_scale=0.25, uniform_exits=True)
     assert found == pytest.approx({1: 1 / 6, 3: 1 / 6, 4: 4 / 6})
     eighths = dict.fromkeys((8, 12, 16, 20, 24, 28, 32), 1 / 7)
@@ -95,7 +95,7 @@ def test_rotation_trains_each_exit_once_a_period():
     assert once == [{2, 5}, {3, 5}, {4, 5}, {2, 5}]
 
 
-def test_the_gradual_curriculum_adds_a_layer_every_t_over_2l_steps():
+def test_the_gradual_curriculum_adds_layers():
     gradual = dict(exits="all", curriculum="gradual", uniform_exits=True)
     active = [sorted(weights_of(t, 4, 80, **gradual)) for t in (0, 9, 10, 20, 30, 79)]
     assert active == [[4], [4], [3, 4], [2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
@@ -149,7 +149,7 @@ def test_skipped_samples_do_not_pay_for_the_layer():
     assert seen == [4, 2, 0]
 
 
-def test_a_layer_that_all_samples_skip_does_not_run():
+def test_a_layer_that_all_skip_does_not_run():
     model, seen = tiny_model(tiny_config()), []
     x, mask = torch.randint(61, (3, 7)), np.ones((4, 3), bool)
     mask[2] = False
@@ -159,7 +159,7 @@ def test_a_layer_that_all_samples_skip_does_not_run():
     assert seen == [0, 1, 3]
 
 
-def test_the_share_of_kept_samples_is_the_schedules():
+def test_samples_are_kept_as_scheduled():
     """8 samples, 5 layers, 400 steps: the mean per layer lies within four standard errors."""
     drop = [0.0, 0.1, 0.3, 0.6, 0.9]
     drawn = {
@@ -188,7 +188,7 @@ ALL = {1: 0.2, 2: 0.2, 3: 0.2, 4: 0.4}
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_loss_and_its_gradient_are_the_formulas(tied, monkeypatch):
+def test_loss_and_gradient_are_the_formulas(tied, monkeypatch):
     monkeypatch.setattr(train, "LOGITS", 61 * 5)  # five rows at a time
     model = tiny_model(tiny_config(tied=tied))
     x, y = torch.randint(61, (3, 7)), torch.randint(61, (3, 7))
@@ -213,7 +213,7 @@ def test_the_loss_and_its_gradient_are_the_formulas(tied, monkeypatch):
         assert found[name].abs().max() > 0 and torch.allclose(p.grad, found[name], atol=1e-4), name
 
 
-def test_there_is_one_set_of_logits_whatever_the_number_of_exits(monkeypatch):
+def test_there_is_one_set_of_logits_for_all_exits(monkeypatch):
     """Each exit's rows are unembedded ten at a time, and again for the backward pass."""
     monkeypatch.setattr(train, "LOGITS", 61 * 10)
     model, sizes = tiny_model(tiny_config()), []
@@ -286,7 +286,7 @@ def test_held_out_documents_are_never_trained_on(tokenizer, tmp_path):
     assert len(trained) > 8 * len(held_out) > 0
 
 
-def test_a_vocabulary_that_cannot_be_trained_leaves_nothing(tmp_path):
+def test_an_impossible_vocabulary_leaves_nothing(tmp_path):
     with pytest.raises(ValueError) as refused:
         data.train_tokenizer(["abc"], 100, tmp_path / "tokenizer.model")
     assert "\n" not in str(refused.value) and not list(tmp_path.iterdir())
@@ -300,7 +300,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 
 @given(st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"])))
-def test_the_trained_tokenizer_gives_back_every_text(tokenizer, text):
+def test_the_tokenizer_gives_back_every_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -355,7 +355,7 @@ def text(tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_trains_and_its_checkpoint_loads(tmp_path, text, run, recipe):
+def test_every_recipe_trains(tmp_path, text, run, recipe):
     run(tmp_path, f"--recipe {recipe} --data {text} --steps 30 --batch 2 --seq 32 --lr 3e-3")
     model, record = load_checkpoint(tmp_path), record_of(tmp_path)
     assert model.config.n_layers == 3 and model.dtype == torch.bfloat16
@@ -384,7 +384,7 @@ def test_a_checkpoint_is_trained_further(tmp_path, run):
     assert begun == {"step": 0, "held_out": record["held_out"]}  # it has learned nothing since
 
 
-def test_a_loss_that_is_not_finite_leaves_the_last_state(tmp_path, monkeypatch, refused):
+def test_an_infinite_loss_leaves_the_last_state(tmp_path, monkeypatch, refused):
     whole = train.Trainer.train_step
 
     def poisoned(trainer):
@@ -406,7 +406,7 @@ FOREIGN = ["model.safetensors", "params.json", "tokenizer.json", "x.safetensors"
 
 
 @pytest.mark.parametrize("foreign", FOREIGN)
-def test_a_checkpoint_that_no_run_made_is_not_written_over(tmp_path, refused, foreign):
+def test_foreign_files_are_not_written_over(tmp_path, refused, foreign):
     (tmp_path / foreign).write_bytes(b"somebody's")
     assert "choose another --out" in refused(tmp_path, FEW)
     assert contents(tmp_path) == {foreign: b"somebody's"}
@@ -498,7 +498,7 @@ BAD = """--steps 0|--exits 24|--exits a|--p-max 1|--rotation -1|--seq 600
 
 
 @pytest.mark.parametrize("bad", BAD.replace("\n", "|").split("|"))
-def test_bad_settings_are_one_line_and_no_checkpoint(tmp_path, monkeypatch, refused, bad):
+def test_bad_settings_are_one_line(tmp_path, monkeypatch, refused, bad):
     tokens, special = tokens_of(tmp_path), SimpleNamespace(vocab_size=400, bos=1, eos=2)
     if "--data" not in bad:
         made = lambda *_: (tokens, tokens, special)
