@@ -104,7 +104,7 @@ def sweep(args: Namespace) -> list[Table]:
             raise KeyError(kept(t.ckpt))  # leave no trace
     with wanted(t.csv) as table, wanted(t.png) as picture:
         raw, t.settings["exit_layer"] = t.load(t.dtype), 0  # plain: in the largest graphs
-        how = 1, t.settings["min_confidence"], Sampling(t.temperature)
+        how, _ = (1, t.settings["min_confidence"]), Sampling(t.temperature)  # refused before work
         for e, d in cells.values():
             check_request(raw.config, [0], e, d, *how)
         own = {e: dict(model=compile_model(copy(raw), e)) if t.compile else {} for e in t.exits}
