@@ -1,9 +1,9 @@
 """Self-speculation against plain decoding: speedup, drafters, sweep."""
 
 import csv
+import os
 from argparse import Namespace
 from collections.abc import Iterable
-from contextlib import suppress
 from copy import copy
 from functools import partial
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from extras.compiled import compile_model
 from extras.drafters import DRAFTERS, SkipLayers, parse_drafter, search_skips
 from extras.lens import choose_exit
 from extras.trace import wanted
-from support.checkpoint import read_json, whole_file
+from support.checkpoint import read_json
 from support.runs import RunDirectory
 
 CONFIG = "generation_config.json"
@@ -100,8 +100,9 @@ def sweep(args: Namespace) -> list[Table]:
     if t.png and not find_spec("matplotlib"):
         raise ValueError("--png needs matplotlib")
     if t.write:
-        with suppress(KeyError), whole_file(t.ckpt / CONFIG):
-            raise KeyError(kept(t.ckpt))  # leave no trace
+        kept(t.ckpt)
+        if not os.access(t.ckpt, os.W_OK):
+            raise ValueError(f"{t.ckpt} cannot be written")
     with wanted(t.csv) as table, wanted(t.png) as picture:
         raw, t.settings["exit_layer"] = t.load(t.dtype), 0  # plain: in the largest graphs
         how, _ = (1, t.settings["min_confidence"]), Sampling(t.temperature)  # refused before work
