@@ -38,7 +38,7 @@ Pick = Callable[[Tensor, int], int]  # (logits (vocab,), position) -> token
 class Sampling:
     """How a token is chosen from logits. temperature 0 is greedy; top_k 0 and top_p 1 keep all.
 
-    Raises TypeError or ValueError on what is no such number or out of its range.
+    Raises TypeError or ValueError on what is no such number or out of range.
     """
 
     temperature: float = 0.0
@@ -59,7 +59,8 @@ def in_range(name: str, value: Any, low: float, high: float) -> None:
     whole = isinstance(low, int)
     strange = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
     if strange or not low <= value <= high:
-        text = f"{name} must be {'whole, ' * (strange and whole)}from {low} to {high}"
+        text = f"{name} must be {'whole, ' * (strange and whole)}from {low}"
+        text += f" to {high}" * (high < math.inf)
         raise (TypeError if strange else ValueError)(f"{text}, not {value!r:.40}")
 
 
@@ -117,7 +118,7 @@ def draft(
     Leaves keys, values and exit queries of `token` and of every guess in the cache. So the last
     guess is run too, without unembedding: the verifier needs its exit query. Stops where the top
     probability is at or below min_confidence (Kangaroo, arXiv 2404.18911, section 3.2), and after
-    an EOS. Of a model only embed, run_layers and unembed are used.
+    an EOS. Uses only a model's three verbs.
     """
     guesses: list[int] = []
     for row in range(limit + 1):
@@ -139,7 +140,7 @@ def verify(model: Llama, cache: KVQCache, tokens: list[int], ran: int) -> Tensor
     """The full model's logits (len(tokens), vocab) for tokens after the live positions: one pass.
 
     Layers [ran, L) run on the exit queries that the draft left. With ran = 0 all layers run, on the
-    embedded tokens. Raises ValueError where a drafter's answer is no possible one.
+    embedded tokens. Raises ValueError for an impossible answer of a drafter.
     """
     rows, vocab = len(tokens), model.config.vocab_size
     room = min(len(cache.queries), cache.max_len - cache.length)
@@ -192,7 +193,7 @@ class NoDraft:
         return [], 0
 
     def verified(self, tokens: list[int], emitted: list[int], logits: Tensor, pick: Pick) -> None:
-        """Hears what was emitted after `tokens`, and all rows of the verifier's logits."""
+        """Hears what was emitted after `tokens`, and all the verifier's logits."""
 
 
 class EarlyExit(NoDraft):
