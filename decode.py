@@ -60,7 +60,8 @@ def in_range(name: str, value: Any, low: float, high: float) -> None:
     whole = isinstance(low, int)
     strange = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
     if strange or not low <= value <= high:
-        text = f"{name} must be {'whole, ' * (strange and whole)}from {low} to {high}"
+        text = f"{name} must be {'whole, ' * (strange and whole)}from {low}"
+        text += f" to {high}" * (high < math.inf)
         raise (TypeError if strange else ValueError)(f"{text}, not {value!r:.40}")
 
 
@@ -140,8 +141,7 @@ def verify(model: Llama, cache: KVQCache, tokens: list[int], ran: int) -> Tensor
     """The full model's logits (len(tokens), vocab) for tokens after the live positions: one pass.
 
     Layers [ran, L) run on the draft's exit queries; `tokens` then only says how many. With ran = 0
-    all layers run, on the embedded tokens. Raises ValueError for a drafter's
-    impossible answer.
+    all layers run, on the embedded tokens. Raises ValueError for a drafter's impossible answer.
     """
     rows, vocab = len(tokens), model.config.vocab_size
     room = min(len(cache.queries), cache.max_len - cache.length)
@@ -195,7 +195,7 @@ class NoDraft:
         return [], 0
 
     def verified(self, tokens: list[int], emitted: list[int], logits: Tensor, pick: Pick) -> None:
-        """Hears what was emitted after `tokens`, and all rows of the verifier's logits."""
+        """Hears what was emitted after `tokens`, and all the verifier's logits."""
 
 
 class EarlyExit(NoDraft):
