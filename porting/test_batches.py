@@ -311,19 +311,6 @@ def test_tokens_and_lanes_are_enough(model):
     assert check.check(found).broken is None
 
 
-@pytest.mark.parametrize("name", BATCHES)
-def test_the_batches_show_what_they_are_for(model, name):
-    """Sequences wait, join in the middle and leave; a slot has had several owners."""
-    found, group, owners = trace(model, name), BATCHES[name], dict[int, set]()
-    steps = found["batches"][0]["steps"]
-    for e in entries(found):
-        for slot in e["slots"]:
-            owners.setdefault(slot, set()).add(e["sequence"])
-    busy = len(group["sequences"]) > group["lanes"] == max(map(len, steps))
-    assert busy or name == "few-slots"
-    assert max(map(len, owners.values())) > 2 and len(set(map(len, steps))) > 1
-
-
 def test_a_live_prefix_may_share_slots(model, monkeypatch):
     """lane-seed-5 and lane-seed-11 have one prompt."""
     found, shared = trace(model, "few-slots"), []

@@ -205,25 +205,26 @@ def test_a_round_ends_with_budget_context_and_text(limit):
     assert ended == free[: free.index(free[limit]) + 1]
 
 
+
+def requests(count):
+    """Requests of different lengths, exits, drafts and samplings."""
+    for n in range(count):
+        how = dict(exit_layer=n % 4, draft_len=1 + n, sampling=Sampling(n % 2, seed=n))
+        yield dict(prompt_ids=[n + 1] * (1 + 40 * n), max_new_tokens=150, eos=()) | how
+
+
 @threads
 def test_threads_write_what_each_writes_alone():
     model = pack(tiny_model(tiny_config(max_len=2048), damp_from=2, damping=0.3))
-
-    def text(n):
-        how = dict(exit_layer=1 + n % 3, draft_len=1 + n, sampling=Sampling(n % 2, seed=n))
-        return decode(model, [n + 1] * (1 + 40 * n), max_new_tokens=150, **how)
-
-    assert all(map(same_bits, ThreadPoolExecutor(8).map(text, range(8)), map(text, range(8))))
+    text = lambda how: text_of(generate(model, **how))
+    assert all(map(same_bits, ThreadPoolExecutor(8).map(text, requests(8)), map(text, requests(8))))
 
 
 def test_generators_that_take_turns_share_no_cache():
-    model = pack(tiny_model(damp_from=2, damping=0.3))
-    start = lambda n: generate(
-        model, [n + 1] * (1 + 7 * n), exit_layer=n % 3, draft_len=3, max_new_tokens=60, eos=()
-    )
-    turns = zip_longest(*map(start, range(4)))  # a round of each, then another
-    for n, rounds in enumerate(zip(*turns)):
-        assert same_bits(text_of(filter(None, rounds)), text_of(start(n)))
+    model = pack(tiny_model(tiny_config(max_len=512), damp_from=2, damping=0.3))
+    turns = zip_longest(*(generate(model, **how) for how in requests(4)))  # a round of each
+    for how, rounds in zip(requests(4), zip(*turns), strict=True):
+        assert same_bits(text_of(filter(None, rounds)), text_of(generate(model, **how)))
     with pytest.raises(TypeError, match="cache"):  # what a caller could share is not to be had
         next(generate(model, [1], cache=None))
 
@@ -421,8 +422,8 @@ def test_the_probe_finds_safe_row_counts(product, shape, dtype, safe):
 def test_a_wide_model_is_exact_on_several_threads(count):
     with on_threads(count):
         model = pack(tiny_model(tiny_config(n_layers=2, hidden_dim=11008), 0, 1, 0.3))
-        how = dict(draft_len=15, max_new_tokens=34)
-        assert same_bits(decode(model, [1, 2], exit_layer=1, **how), decode(model, [1, 2], **how))
+        text = partial(decode, model, [1, 2], draft_len=15, max_new_tokens=34)
+        assert same_bits(text(exit_layer=1), text())
 
 
 def test_packing_twice_is_packing_once():
@@ -437,9 +438,9 @@ def test_packing_twice_is_packing_once():
 
 REFUSED = {
     ("exit_layer", "exit layer"): [4, -1, 1.0, True, torch.tensor(1)],
-    ("draft_len", "draft length"): [0, MAX_ROWS, 2.5, True, "x"],
+    ("draft_len", "draft length"): [0, MAX_ROWS, "x"],
     ("max_new_tokens", "new tokens"): [0, 9.0],
-    ("min_confidence", "confidence"): [1.0, -0.1, math.nan, "a"],
+    ("min_confidence", "confidence"): [1.0, -0.1, math.nan],
     ("sampling", "sampling"): [None],
     ("eos", "eos"): [5],
     ("prompt_ids", "prompt"): [

@@ -104,11 +104,11 @@ def test_a_token_leaves_at_the_first_sure_exit(monkeypatch):
 
 
 def test_a_confident_exit_stops_with_the_text():
+    """And with the context."""
     model = pack(tiny_model(tiny_config(max_len=30), damp_from=2))
-    free = [token for token, _ in confident(model, 0.3)]
-    assert len(free) == 28
-    ended = [token for token, _ in confident(model, 0.3, eos=(free[5],))]
-    assert ended == free[: free.index(free[5]) + 1]
+    tokens = lambda eos=(): [token for token, _ in confident(model, 0.3, eos=eos)]
+    free = tokens()
+    assert len(free) == 28 and tokens((free[5],)) == free[: free.index(free[5]) + 1]
 
 
 @pytest.mark.parametrize("how", [
@@ -144,20 +144,18 @@ def test_the_command_counts_layers_per_token(cli, small):
     ((5, 3), 11, [5, 5, 1, 1]),
 ])  # fmt: skip
 def test_exits_say_what_their_layers_say(monkeypatch, most, prefilled, passes):
+    """In the passes of generate."""
     monkeypatch.setattr(lens, "PREFILL_ROWS", most[0])
     monkeypatch.setattr(lens, "MAX_ROWS", most[1])
-    model = tiny_model(dtype=torch.float64)
-    tokens = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32]
+    model, tokens = tiny_model(dtype=torch.float64), [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32]
     with torch.inference_mode():
-        after = [model.run_layers(model.embed(torch.tensor([tokens])), 0, e) for e in range(1, 5)]
-        logits = [model.unembed(h)[0] for h in after]
+        h = [model.run_layers(model.embed(torch.tensor([tokens])), 0, e) for e in range(1, 5)]
+        probability, expected = model.unembed(torch.cat(h)).softmax(-1).max(-1)
     rows, embed = [], model.embed
     monkeypatch.setattr(model, "embed", lambda tokens: rows.append(len(tokens)) or embed(tokens))
     said, sure = exits(model, tokens, prefilled)
-    assert rows == passes
-    assert torch.equal(said, torch.stack([x.argmax(-1) for x in logits]))
-    expected = torch.stack([x.softmax(-1).amax(-1) for x in logits])
-    assert torch.allclose(sure.double(), expected, atol=1e-5)
+    assert rows == passes and torch.equal(said, expected)
+    assert torch.allclose(sure.double(), probability, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -309,8 +307,8 @@ def test_a_trace_repeats_the_run(cli, small, tmp_path, how):
 
 def test_the_checker_of_ports_reads_a_trace():
     """A golden case, decoded here and written by trace_json, breaks no rule; a changed one does."""
-    golden = json.loads((check.GOLDEN / "cases.json").read_text())["cases"]
-    case = next(c for c in golden if c["settings"]["exit_layer"] and c["settings"]["temperature"])
+    cases = check.committed()["cases"]
+    case = next(c for c in cases if c["settings"]["exit_layer"] and c["settings"]["temperature"])
     settings = {**case["settings"], "eos": tuple(case["settings"]["eos"])}
     settings["sampling"] = Sampling(**{name: settings.pop(name) for name in NAMES})
     model = pack(load_checkpoint(check.GOLDEN / "model", torch.float32))

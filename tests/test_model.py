@@ -168,8 +168,8 @@ def test_the_caches_bytes_are_the_designs_formula(dtype, itemsize):
 
 
 def test_the_cache_gives_back_what_was_written():
-    cache = KVQCache(2, 2, 8, 24, 100, 5)
-    k = torch.randn(3, 2, 8)
+    """And copies nothing."""
+    cache, k = KVQCache(2, 2, 8, 24, 100, 5), torch.randn(3, 2, 8)
     cache.write(1, 4, k, 2 * k)
     keys, values = cache.read(1, 10)
     assert keys.untyped_storage().data_ptr() == cache.keys.untyped_storage().data_ptr()

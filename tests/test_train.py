@@ -49,10 +49,9 @@ def test_the_other_recipes_drop_as_published():
     assert dropouts(RECIPES["plain"], 50) == dropouts(RECIPES["lite"], 50) == [0] * 5
     # theta(t) = 0.5 exp(-100 t / T) + 0.5; T = 101, t = 1: exp(-0.990099) = 0.371540,
     # so theta = 0.685770
-    keep = [1 - (l / 5) * (1 - 0.685770) for l in range(5)]
-    assert [1 - p for p in dropouts(RECIPES["pld"], 1)] == pytest.approx(keep, abs=1e-6)
-    assert dropouts(RECIPES["pld"], 0) == [0] * 5
-    assert dropouts(RECIPES["pld"], 100) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    for t, theta in ((0, 1), (1, 0.685770), (100, 0.5)):
+        wanted = [(l / 5) * (1 - theta) for l in range(5)]
+        assert dropouts(RECIPES["pld"], t) == pytest.approx(wanted, abs=1e-6)
     together = {name for name, r in RECIPES.items() if r.dropout_unit == "batch"}
     assert together == {"layerdrop", "pld"}
     assert [name for name, r in RECIPES.items() if r.rescale] == ["pld"]
@@ -138,12 +137,7 @@ def test_a_skipped_sample_passes_unchanged():
 
 
 def test_skipped_samples_do_not_pay_for_the_layer():
-    seen = []
-
-    def layer(h, cos, sin):
-        seen.append(len(h))
-        return h
-
+    seen, layer = [], lambda h, cos, sin: seen.append(len(h)) or h
     for mask in ([True] * 4, [True, False, False, True], [False] * 4):
         train.run_with_dropout(layer, torch.zeros(4, 2, 3), None, None, torch.tensor(mask))
     assert seen == [4, 2, 0]
