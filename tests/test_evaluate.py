@@ -1,0 +1,288 @@
+"""Evaluate measures what a few lines over the three verbs measure, and asks lm-eval as hf does."""
+
+import csv
+import json
+from argparse import Namespace
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from helpers import config_option
+
+from bench.engine import ideal_speedup
+from extras import evaluate
+from extras.evaluate import Judge, windows
+from support import train_command
+from support.console import default_settings, load
+
+REAL = ROOT / "checkpoints" / "smollm2"
+TEXTS = ["def f(x):\n    return x\n", "import os\n" * 30, "x = 'naïve ½ 🎉'\n"]
+
+
+@pytest.fixture
+def run(command, small):
+    """run("--data", file) -> code, out, err on the small checkpoint, in float32."""
+    return lambda *words: command(
+        evaluate.main, "--ckpt", str(small), "--dtype", "float32", *map(str, words)
+    )
+
+
+@pytest.fixture
+def target(small):
+    """target(batch=3) -> what a Judge works with: the small model, which drafts with 2 layers."""
+    model, tokenizer = load(small, "float32", "cpu")
+    settings = default_settings(small, model.config, tokenizer)
+    how: dict = dict(model=model, tokenizer=tokenizer, settings=settings, batch=1)
+    return lambda **changes: Namespace(**how | changes)
+
+
+def table(file) -> list[dict]:
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+def asked(*args) -> SimpleNamespace:
+    """A request of lm-eval."""
+    return SimpleNamespace(args=args)
+
+
+# --------------------------------------
+# Texts
+
+
+@torch.inference_mode()
+def test_losses_are_those_of_six_lines_over_the_three_verbs(run, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "pass_seconds", lambda model: lambda layers, rows: layers + 1.0)
+    monkeypatch.setattr(evaluate, "ROWS", 7)
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    found = run("--data", file, "--csv", tmp_path / "t.csv", "--png", tmp_path / "t.png")
+    assert found.code == 0 and "expected" not in found.err, found.err
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+    model, tokenizer = load(small, "float32", "cpu")
+    said, losses = {e: [] for e in (1, 2, 3, 4)}, {e: [] for e in (1, 2, 3, 4)}
+    for x in (torch.tensor([[*tokenizer.encode(text), tokenizer.eos]]) for text in TEXTS):
+        for e in said:
+            logits = model.unembed(model.run_layers(model.embed(x[:, :-1]), 0, e))[0]
+            losses[e].append(F.cross_entropy(logits, x[0, 1:], reduction="none"))
+            said[e].append(logits.argmax(-1))
+
+    rows = table(tmp_path / "t.csv")
+    assert [int(row["exit"]) for row in rows] == [1, 2, 3, 4] and len(found.out.split("\n")) == 9
+    for e, row in enumerate(rows, 1):
+        loss, agrees = torch.cat(losses[e]).mean(), torch.cat(said[e]) == torch.cat(said[4])
+        a = agrees.double().mean().item()
+        best = max(5 * ideal_speedup(a, d, (d + 1) * (e + 1), 5 - e) for d in range(1, 16))
+        wanted = loss, loss.exp(), a, best if e < 4 else 1
+        assert [float(x) for x in [*row.values()][1:]] == pytest.approx([*map(float, wanted)])
+    assert 0 < a != float(rows[1]["agreement"]) > float(rows[0]["agreement"])
+
+
+@pytest.mark.parametrize("length, size", [(1, 4), (4, 4), (5, 4), (6, 4), (9, 4), (11, 4), (3, 9)])
+def test_windows_judge_each_id_once_with_all_the_context_there_is(length, size):
+    parts = [*windows([*range(length)], size)]
+    assert [i for ids, n in parts for i in ids[-n:]] == [*range(1, length)]
+    assert all(len(ids) == min(size + 1, length) > n for ids, n in parts)
+
+
+def test_long_texts_and_rows_with_prompts_count_what_has_a_loss(run, tmp_path):
+    """A text longer than the context is cut; prompts and the cut's overlap are not judged twice."""
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "def f(x):", "completion": "\n    return x"}, {"text": "a = b + c\n" * 100}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("--data", file, "--csv", tmp_path / "a.csv").code == 0
+    assert run("--data", file, "--csv", tmp_path / "b.csv", "--limit", "1", "--exits", "2").code == 0
+    many, one = table(tmp_path / "a.csv"), table(tmp_path / "b.csv")
+    assert len(many) == 4 and [row["exit"] for row in one] == ["2", "4"]
+    assert many[-1]["loss"] != one[-1]["loss"]
+
+
+# --------------------------------------
+# lm-eval
+
+
+def test_likelihoods_of_a_batch_are_those_of_single_rows(target):
+    """And of the model's logits: by every exit, of a text that is cut at its start, too."""
+    encode = target().tokenizer.encode
+    rows = [(None, encode(text), encode(f"y{i} = ", bos=False)) for i, text in enumerate(TEXTS)]
+    rows += [(None, encode("a b c d " * 200), [7, 8, 9]), (None, [1], [5])]
+    for depth in (2, 4):
+        single = Judge(target(), depth)._loglikelihood_tokens(rows)
+        batch = Judge(target(batch=3), depth)._loglikelihood_tokens(rows)
+        model = target().model
+        for (_, context, ids), one, many in zip(rows, single, batch):
+            x = torch.tensor([(context + ids)[-model.config.max_len - 1 :]])
+            h = model.run_layers(model.embed(x[:, :-1]), 0, depth)
+            logits = model.unembed(h)[0, -len(ids) :].log_softmax(-1)
+            likely = logits.gather(1, torch.tensor(ids)[:, None]).sum().item()
+            assert one[0] == pytest.approx(likely, rel=1e-5) == pytest.approx(many[0], rel=1e-5)
+            assert one[1] == many[1] == (logits.argmax(-1).tolist() == ids)
+
+
+def test_a_rolling_likelihood_is_the_sum_over_its_windows(target):
+    t = target()
+    text = "a = b + c\n" * 150
+    ids = [t.tokenizer.bos, *t.tokenizer.encode(text)]
+    assert len(ids) > 2 * t.model.config.max_len
+    (found,), total = Judge(t, 4).loglikelihood_rolling([asked(text)]), 0.0
+    for part, n in windows(ids, t.model.config.max_len):
+        logits = t.model(torch.tensor([part[:-1]]))[0].log_softmax(-1)[-n:]
+        total += logits.gather(1, torch.tensor(part[-n:])[:, None]).sum().item()
+    assert found == pytest.approx(total, rel=1e-5)
+
+
+def test_answers_do_not_depend_on_who_drafts_and_end_at_until(target):
+    contexts = ["def f(x):\n", "import os\n", "class A:\n"]
+    full = target(settings=target().settings | dict(exit_layer=0))
+    drafted = target(settings=target().settings | dict(exit_layer=2, min_confidence=0.0))
+    whole = [asked(context, dict(max_gen_toks=30)) for context in contexts]
+    texts = Judge(full, 4).generate_until(whole)
+    assert texts == Judge(drafted, 4).generate_until(whole) and all(texts)
+    alone = Judge(drafted, 2).generate_until(whole)
+    assert alone != texts and alone == Judge(full, 2).generate_until(whole)
+    for context, text in zip(contexts, texts):
+        for end in (text[7:9], text[11:12], [text[-3:], text[9:13], ""]):
+            how = dict(max_gen_toks=30, until=end)
+            cut = min(text.find(x) for x in ([end] if isinstance(end, str) else end) if x)
+            for who in (full, drafted):
+                assert Judge(who, 4).generate_until([asked(context, how)]) == [text[:cut]]
+
+
+has_lm_eval = pytest.mark.skipif(not find_spec("lm_eval"), reason="lm-eval: `make lm-eval`")
+TASKS = "local_choice", "local_answer", "local_pages"
+
+
+@has_lm_eval
+def test_tasks_run_on_the_full_model_and_on_exits_alone(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    own = ["--include-path", "tests/tasks", "--csv", tmp_path / "t.csv", "--limit", 2]
+    found = run("--tasks", *TASKS, *own, "--exits", 2, "--png", tmp_path / "t.png")
+    assert found.code == 0, found.err
+    rows = table(tmp_path / "t.csv")
+    assert [row["exit"] for row in rows] == ["2", "4"] and "local_choice acc" in found.out
+    assert rows[0]["local_pages word_perplexity"] != rows[1]["local_pages word_perplexity"]
+    assert "acc_stderr" not in found.out and "local_choice acc_stderr" in rows[0]
+    bad = run("--tasks", "no_such_task", *own)
+    assert bad.code == 2 and "no_such_task" in bad.err and "Traceback" not in bad.err
+
+
+@has_lm_eval
+@pytest.mark.skipif(not REAL.exists() or not find_spec("transformers"), reason="`make lm-eval`")
+def test_the_full_model_answers_lm_eval_as_transformers_does(monkeypatch):
+    """Likelihoods to 1e-6, relative, and texts exactly: batches of one, float32, SmolLM2."""
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.chdir(ROOT)
+    model, tokenizer = load(REAL, "float32", "cpu")
+    settings = default_settings(REAL, model.config, tokenizer)
+    t = Namespace(model=model, tokenizer=tokenizer, settings=settings, batch=1)
+    ours = type("Ours", (Judge, TemplateLM), {})(t, model.config.n_layers)
+    theirs = HFLM(pretrained=str(REAL), dtype="float32", batch_size=1, device="cpu")
+    tasks = TaskManager(include_path="tests/tasks", include_defaults=False)
+    how = dict(tasks=[*TASKS], task_manager=tasks, bootstrap_iters=0)
+    a, b = (simple_evaluate(lm, **how) for lm in (ours, theirs))
+    for task in TASKS:
+        answers = [[doc["resps"] for doc in x["samples"][task]] for x in (a, b)]
+        for x, y in zip(*answers, strict=True):
+            for (one,), (other,) in zip(x, y, strict=True):
+                if task == "local_choice":
+                    assert one[0] == pytest.approx(other[0], rel=1e-6) and one[1] == other[1]
+                else:
+                    exact = task == "local_answer"
+                    assert one == (other if exact else pytest.approx(other, rel=1e-6))
+        ours, theirs = ({k: v for k, v in x["results"][task].items() if "," in k} for x in (a, b))
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+# --------------------------------------
+# Summaries
+
+
+@pytest.mark.skipif(not find_spec("rouge_score"), reason="rouge-score: `make lm-eval`")
+def test_summaries_are_scored_and_drafted_ones_are_the_full_models(run, tmp_path, small):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    model, tokenizer = load(small, "float32", "cpu")
+    t = Namespace(model=model, tokenizer=tokenizer, batch=1)
+    t.settings = default_settings(small, model.config, tokenizer) | dict(exit_layer=0)
+    prompts, rows = ["def f(x):\n", "import os\n"], []
+    for prompt in prompts:
+        (text,) = Judge(t, 4).generate_until([asked(prompt, dict(max_gen_toks=20))])
+        rows.append(dict(prompt=prompt, reference=f"{text} and more of it"))
+    file = tmp_path / "s.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = ["--max-new-tokens", 20, "--min-confidence", 0, "--exits", 2, "--csv", tmp_path / "s.csv"]
+    found = run("--summaries", file, *how)
+    assert found.code == 0, found.err
+    full, alone, drafted = table(tmp_path / "s.csv")
+    names = [row["way"] for row in (full, alone, drafted)]
+    assert names == ["4 layers", "2 layers alone", "2 layers draft"]
+    scorer = RougeScorer(["rouge1", "rougeL"])
+    texts = [row["reference"].removesuffix(" and more of it") for row in rows]
+    for name in ("rouge1", "rougeL"):
+        scores = [scorer.score(r["reference"], text)[name] for r, text in zip(rows, texts)]
+        assert float(full[name]) == pytest.approx(sum(s.fmeasure for s in scores) / 2)
+        assert full[name] == drafted[name] != alone[name]
+    assert (full["identical"], alone["identical"], drafted["identical"]) == ("True", "False", "True")
+    assert float(full["tokens per round"]) == 1 < float(drafted["tokens per round"])
+    assert 0 < float(drafted["accepted"]) <= 1 and not full["accepted"]
+
+
+# --------------------------------------
+# Twins, and what cannot run
+
+
+def test_exits_of_a_twin_that_was_trained_for_them_are_better(command, tmp_path):
+    """Two tiny checkpoints, plain and LayerSkip, of the same data, seed and steps."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for n in range(60):
+        lines = (f"def f{(n * k) % 7}(x):\n    return x + {(n + k) % 5}\n\n\n" for k in range(20))
+        (corpus / f"{n}.py").write_text("".join(lines))
+    shape = config_option(n_layers=6, dim=32, hidden_dim=64, n_heads=2, n_kv_heads=1, vocab_size=280)
+    loss = {}
+    for recipe in ("plain", "layerskip"):
+        out, more = tmp_path / recipe, ["--uniform-exits", "--e-scale", "0.5"] * (recipe != "plain")
+        how = ["--steps", "150", "--seq", "32", "--batch", "8", "--lr", "1e-2", "--no-compile", *more]
+        words = ["--out", str(out), "--data", str(corpus), "--recipe", recipe, *shape, *how]
+        assert command(train_command.main, *words).code == 0
+        words = ["--ckpt", str(out), "--data", str(corpus), "--limit", "3", "--dtype", "float32"]
+        assert command(evaluate.main, *words, "--csv", str(tmp_path / "t.csv")).code == 0
+        rows = table(tmp_path / "t.csv")
+        loss[recipe] = [(float(row["loss"]), float(row["agreement"])) for row in rows]
+    for (plain, agrees), (skip, follows) in zip(loss["plain"][:3], loss["layerskip"][:3]):
+        assert skip < plain - 0.3 and follows > agrees + 0.1
+
+
+BAD = """
+--data no_such_file
+--data {empty}
+--data {text} --exits 5
+--data {text} --exits 0
+--data {text} --limit 0
+--data {text} --csv missing/t.csv
+--data {text} --png .
+--summaries {text}
+--summaries {rows}
+--ckpt none --data {text}
+"""
+
+
+@pytest.mark.parametrize("line", BAD.strip().splitlines())
+def test_what_cannot_run_is_one_line_and_leaves_nothing(run, tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    names = {name: tmp_path / name for name in ("empty", "text", "rows.jsonl")}
+    for file, text in zip(names.values(), ("", "a = 1\n", '{"prompt": "a"}\n')):
+        file.write_text(text)
+    if "missing" in line or "png" in line:
+        monkeypatch.setattr(evaluate, "start", None)  # not even begun
+    before = sorted(tmp_path.iterdir())
+    found = run(*line.format(**names, rows=names["rows.jsonl"]).split())
+    assert found.code == 2 and found.err.count("\n") == 1 and not found.out
+    assert sorted(tmp_path.iterdir()) == before
