@@ -4,9 +4,7 @@ python -m extras.evaluate --data FILE --png exits.png
 """
 
 import csv
-import logging
 from argparse import Namespace
-from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
 from importlib import import_module
@@ -39,13 +37,6 @@ ROWS = 1024  # that are unembedded at once: logits are large
 ROUGE = ["rouge1", "rouge2", "rougeL"]
 
 
-def windows(ids: list, size: int) -> Iterator[tuple[list, int]]:
-    """Parts of `size` inputs and a target, and how many of a part's last ids are new targets."""
-    for first in range(1, len(ids), size):
-        last = min(first + size, len(ids))
-        yield ids[max(last - size - 1, 0) : last], last - first
-
-
 def judged(model: Llama, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """After hidden states h (R, dim): log-probabilities of targets (R,), and likeliest ids (R,)."""
     found = []
@@ -60,7 +51,7 @@ def judged(model: Llama, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def data_rows(t: Namespace) -> list[dict]:
     """Loss, perplexity, agreement with the last layer, and ideal speedup of each exit.
 
-    Documents are encoded as for training. Raises ValueError where no token has a loss.
+    Documents are encoded as for training. ValueError where no token has a loss.
     """
     model, c, count, rows = t.model, t.model.config, 0, []
     last, size, render = c.n_layers, min(c.max_len - 2, WINDOW), conversations(t.ckpt)
@@ -68,10 +59,10 @@ def data_rows(t: Namespace) -> list[dict]:
     sums = {e: torch.zeros(2, dtype=torch.float64) for e in exits}
     for document in islice(read_corpus(t.data), t.limit):
         ids, learned = encode(document, t.tokenizer, render)
-        for (part, new), (flags, _) in zip(windows(ids, size), windows(learned, size)):
-            check_request(c, part)
-            x, kept = torch.tensor(part, device=model.device), torch.tensor(flags[1:])
-            kept[:-new] = False
+        for at in range(0, len(ids) - 1, size):
+            x = torch.tensor(ids[at : at + size + 1], device=model.device)
+            kept = torch.tensor(learned[at + 1 : at + size + 1])
+            check_request(c, x.tolist())
             h, depth, found = model.embed(x[None, :-1]), 0, {}
             for e in exits:
                 h, depth = model.run_layers(h, depth, e), e
@@ -100,10 +91,10 @@ def packed(model: Llama) -> Llama:
 
 
 class Judge:
-    """The first `depth` layers as a model of lm-eval: its TemplateLM has the rest.
+    """The first `depth` layers as a model of lm-eval, whose TemplateLM has the rest.
 
-    It answers as lm-eval's own `hf` does. Likelihoods are the plain model's. Texts are a packed
-    copy's, where the full model's are drafted as t.settings say.
+    It answers as lm-eval's own `hf` does. Likelihoods are the plain model's, texts a packed
+    copy's. The full model's texts are drafted as t.settings say.
     """
 
     eot_token_id = prefix_token_id = 0
@@ -116,15 +107,15 @@ class Judge:
         self.prefix_token_id = first or 0
 
     def tok_encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text, after what the tokenizer puts before one."""
         return self.encode(text, add_special_tokens)
 
     def loglikelihood_rolling(self, requests: list) -> list[float]:
-        """For (text,): log-probability, in windows of the model's context."""
-        texts = [[self.prefix_token_id, *self.encode(request.args[0])] for request in requests]
-        parts = [[*windows(ids, self.size)] for ids in texts]
-        rows = [(None, part[:-n], part[-n:]) for text in parts for part, n in text]
-        found = iter(self._loglikelihood_tokens(rows))
+        utils, parts = import_module("lm_eval.utils"), []
+        for (text,) in (request.args for request in requests):
+            cut = self.encode(text), self.prefix_token_id, self.size, 1
+            pairs = utils.get_rolling_token_windows(*cut)
+            parts.append([(None, *utils.make_disjoint_window(pair)) for pair in pairs])
+        found = iter(self._loglikelihood_tokens([part for text in parts for part in text]))
         return [sum(next(found)[0] for _ in text) for text in parts]
 
     @torch.inference_mode()
@@ -149,10 +140,9 @@ class Judge:
         return [found[n] for n in range(len(rows))]
 
     def generate_until(self, requests: list) -> list[str]:
-        """For (context, lm-eval's settings): the text that follows, up to one of `until`.
+        """For (context, settings): the text that follows, up to one of `until`.
 
-        A context too long loses its start. Tokens are looked at one by one, so that the end does
-        not depend on rounds.
+        Tokens are looked at one by one, so the end does not depend on rounds.
         """
         texts, model = list[str](), keep_layers(packed(self.model), range(self.depth))
         alone = dict(exit_layer=0) if self.depth < self.model.config.n_layers else {}
@@ -179,7 +169,6 @@ class Judge:
 def task_rows(t: Namespace) -> list[dict]:
     """The metrics of each task: of exits alone, and of the full model."""
     api, evaluator = import_module("lm_eval.api.model"), import_module("lm_eval.evaluator")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     kind: Any = type("Judge", (Judge, api.TemplateLM), {})
     try:  # a task is a program, and may fail in any way
         own = dict(include_path=t.include_path, include_defaults=not t.include_path)
@@ -188,9 +177,8 @@ def task_rows(t: Namespace) -> list[dict]:
         for e in sorted({*t.exits, t.model.config.n_layers}):
             rows.append(row := dict(exit=e))
             for task, found in evaluator.simple_evaluate(kind(t, e), **how)["results"].items():
-                for name, value in found.items():
-                    if "," in name and not isinstance(value, str):
-                        row[f"{task} {name.removesuffix(',none')}"] = float(value)
+                numbers = {k: v for k, v in found.items() if "," in k and not isinstance(v, str)}
+                row |= {f"{task} {k.removesuffix(',none')}": float(v) for k, v in numbers.items()}
     except Exception as error:
         raise ValueError(f"lm-eval: {type(error).__name__}: {error}") from error
     return rows
