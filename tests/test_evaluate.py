@@ -83,7 +83,7 @@ def test_losses_are_those_of_six_lines_over_the_three_verbs(run, small, tmp_path
 
 def test_long_texts_are_cut_and_prompts_have_no_loss(run, small, tmp_path):
     """Each token but the first is judged once, after those of its piece."""
-    row = {"prompt": "x = 1\n" * 60, "completion": "y = 2\n" * 60}
+    row = {"prompt": "x = 1\n" * 30, "completion": "y = 2\n" * 50}
     file = tmp_path / "rows.jsonl"
     file.write_text(f"{json.dumps(row)}\n" * 2)
     assert run("--data", file, "--csv", tmp_path / "t.csv", "--limit", 1, "--exits", 2).code == 0
@@ -145,10 +145,10 @@ TASKS = "local_choice", "local_answer", "local_pages"
 def test_a_rolling_likelihood_has_all_the_context_there_is(target):
     """Token 1 + n of the text sees the context before it: the last window is no short one."""
     t = target()
-    ids, size = [t.tokenizer.bos, *t.tokenizer.encode("a = b + c\n" * 90)], t.model.config.max_len
+    ids, size = [t.tokenizer.bos, *t.tokenizer.encode("a = b + c\n" * 60)], t.model.config.max_len
     assert size < len(ids) - 1 < 2 * size
     parts = (ids[: size + 1], size), (ids[-size - 1 :], len(ids) - 1 - size)
-    (found,), total = Judge(t, 4).loglikelihood_rolling([asked("a = b + c\n" * 90)]), 0.0
+    (found,), total = Judge(t, 4).loglikelihood_rolling([asked("a = b + c\n" * 60)]), 0.0
     for part, n in parts:
         logits = t.model(torch.tensor([part[:-1]]))[0].log_softmax(-1)[-n:]
         total += logits.gather(1, torch.tensor(part[-n:])[:, None]).sum().item()
