@@ -39,7 +39,7 @@ COMMANDS: dict[Callable, tuple[str, dict]] = {  # options, and defaults of their
     speedup: (f"ckpt task {DECODING} exit draft drafter compile", {}),
     sweep: (f"ckpt {DECODING} exits drafts", dict(prompts=5, runs=3)),
     drafters: (f"ckpt task {DECODING} exit draft drafter tries compile", {}),
-    peers: (f"ckpt shape {DECODING} exit draft compile", {}),
+    peers: (f"ckpt shape task context {DECODING} exit draft compile", {}),
     roofline: ("ckpt shape runs dtype device context exit draft compile", dict(runs=30)),
     ideal: (
         "shape prompts tokens runs exit draft compile dtype device",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import check
 import golden
@@ -294,6 +295,34 @@ class FreesAnotherLane(Knows):
             self.free += other.table if other else []
 
 
+class SharesAnotherPrefix(Knows):
+    """slots of the first positions are shared with a sequence of other tokens"""
+
+    shared = 2
+
+    def join(self, lane, s):
+        super().join(lane, s)
+        for o in others(s):
+            if o is not s and (self.shared == 2 or o.tokens[: s.length + 1] == s.tokens):
+                s.table[: self.shared] = o.table[: self.shared]
+
+
+class SharesThePromptsLast(SharesAnotherPrefix):
+    """the last position of a prompt is shared, and the first round writes it"""
+
+    shared = 5
+
+
+class LeavesEarly(Neighbour):
+    """a lane is left after two rounds where another sequence waits"""
+
+    rounds = 0
+
+    def ended(self):
+        self.rounds += 1
+        return super().ended() or self.rounds == 2
+
+
 class ReservesOneSlot(Knows):
     """one slot is reserved for a round, as for plain decoding"""
 
@@ -327,6 +356,7 @@ FAULTS = [
     (Knows, ThresholdOfTheLastLane, "one-exit", "12.5"),
     (Knows, EveryonesEos, "one-exit", "12.6"),
     (Knows, EosOfTheFirstLane, "one-exit", "12.6"),
+    (Knows, LeavesEarly, "one-exit", "12.1"),
     (FewestAccepted, AcceptsFewest, "one-exit", "12.9"),
     (SeesEveryLane, Neighbour, "one-exit", "12.8"),
     (PositionsOfTheLongest, Neighbour, "one-exit", "12.8"),
@@ -338,6 +368,8 @@ FAULTS = [
     (FreesTheLastPage, Neighbour, "few-slots", "13.3"),
     (MovesLivePositions, Neighbour, "few-slots", "13.3"),
     (FreesAnotherLane, Neighbour, "few-slots", "13.4"),
+    (SharesAnotherPrefix, Neighbour, "few-slots", "13.1"),
+    (SharesThePromptsLast, Neighbour, "few-slots", "13.5"),
 ]
 
 
@@ -357,7 +389,7 @@ def test_a_planted_fault_of_batching_is_named(model, batch, sequence, name, rule
 
 
 def test_every_batch_rule_that_check_names_has_a_fault_and_is_in_the_text():
-    assert {rule for *_, rule in FAULTS} | {"12.1"} == set(check.BATCH_RULES)
+    assert {rule for *_, rule in FAULTS} == set(check.BATCH_RULES)
     text = (golden.PORTING / "SERVING.md").read_text()
     for rule in check.BATCH_RULES:
         assert re.search(rf"^{re.escape(rule)} ", text, re.MULTILINE), rule
@@ -388,6 +420,28 @@ def test_tokens_and_lanes_are_enough(model):
         for key in ("slots", "logits", "exit_queries", "layer_runs", "start"):
             e.pop(key, None)
     assert check.check(found).broken is None
+
+
+def test_the_report_counts_slots_and_names_the_batches_that_are_not_given(model):
+    found = trace(model, "few-slots")
+    entries = sum(map(len, found["batches"][0]["steps"]))
+    del found["batches"][0]["steps"][0][0]["slots"]
+    report = str(check.check(found))
+    assert f"{entries - 1} of {entries} slots" in report
+    assert "batches not given: one-exit, exits-in-groups" in report
+
+
+def test_what_a_round_must_reserve_is_counted_in_drafted_tokens(model):
+    broken = check.check(trace(model, "few-slots", ReservesOneSlot)).broken
+    assert "start + k + 1 = 6 slots, found 3" in str(broken), str(broken)
+
+
+@pytest.mark.parametrize("absent", ["mixups", "numpy_decode"])
+def test_without_the_files_beside_it_check_names_the_decoders_rule(model, absent, monkeypatch):
+    found = trace(model, "one-exit", sequence=NoiseByRow, batch=Knows)
+    monkeypatch.setitem(sys.modules, absent, None)
+    broken = check.check(found).broken
+    assert broken.rule == "4.3" and f"{absent}.py, which could tell" in str(broken)
 
 
 def test_the_batches_show_what_they_are_for(model):
