@@ -50,7 +50,7 @@ COMMANDS: dict[Callable, tuple[str, dict]] = {  # options, and defaults of their
         dict(prompts=5, tokens=32, runs=3),
     ),
     drafters: (f"ckpt task {OWN} exit draft drafter tries compile", {}),
-    peers: (f"ckpt shape {DECODING} exit draft compile", {}),
+    peers: (f"ckpt shape task context {DECODING} exit draft compile", {}),
     roofline: ("ckpt shape runs dtype device context exit draft compile", dict(runs=30)),
     ideal: (
         "shape prompts tokens runs exit draft compile dtype device",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import check
 import golden
@@ -196,6 +197,23 @@ def frees_another(self, s, positions):
         self.free += other.table if other else []
 
 
+def shares(count, same):
+    """A sequence that joins shares the slots of its first `count` positions with the others."""
+
+    def join(self, lane, s):
+        Knows.join(self, lane, s)
+        for o in lanes(s):
+            if o is not s and (not same or o.tokens[: s.length + 1] == s.tokens):
+                s.table[:count] = o.table[:count]
+
+    return join
+
+
+def two_rounds(self):
+    self.rounds += 1
+    return Sequence.ended(self) or self.rounds == 2
+
+
 def reserves_one(self):
     found = Batch.step(self)
     for e in found:
@@ -240,6 +258,9 @@ FAULTS = [
         "an EOS of any lane ends every lane", eos=eos_of(lambda ids: sorted(set().union(*ids))))),
     ("one-exit", "12.6", *sequence_fault(
         "all lanes take the EOS ids of the first", eos=eos_of(lambda ids: ids[0]))),
+    ("one-exit", "12.1", *sequence_fault(
+        "a lane is left after two rounds where another sequence waits",
+        ended=two_rounds, rounds=0)),
     ("one-exit", "12.9", FewestAccepted, AcceptsFewest),
     ("one-exit", "12.8", *batch_fault(
         "rows see the slots of other lanes up to their own position",
@@ -265,6 +286,12 @@ FAULTS = [
     ("few-slots", "13.4", *batch_fault(
         "with a finished sequence, the slots of the lane after it are freed",
         hold=frees_another)),
+    ("few-slots", "13.1", *batch_fault(
+        "slots of the first positions are shared with a sequence of other tokens",
+        join=shares(2, same=False))),
+    ("few-slots", "13.5", *batch_fault(
+        "the last position of a prompt is shared, and the first round writes it",
+        join=shares(5, same=True))),
 ]  # fmt: skip
 
 
@@ -280,7 +307,7 @@ def test_a_planted_fault_of_batching_is_named(model, name, rule, batch, sequence
 
 
 def test_every_batch_rule_has_a_fault_and_a_text():
-    assert {rule for _, rule, *_ in FAULTS} | {"12.1"} == set(check.BATCH_RULES)
+    assert {rule for _, rule, *_ in FAULTS} == set(check.BATCH_RULES)
     text = (PORTING / "SERVING.md").read_text()
     for rule in check.BATCH_RULES:
         assert re.search(rf"^{re.escape(rule)} ", text, re.MULTILINE), rule
@@ -309,6 +336,30 @@ def test_tokens_and_lanes_are_enough(model):
         for key in ("slots", "logits", "exit_queries", "layer_runs", "start"):
             e.pop(key, None)
     assert check.check(found).broken is None
+
+
+def test_the_report_counts_slots_and_names_the_batches_that_are_not_given(model):
+    found = trace(model, "few-slots")
+    count = len(entries(found))
+    del entries(found)[0]["slots"]
+    report = str(check.check(found))
+    assert f"{count - 1} of {count} slots" in report
+    assert "batches not given: one-exit, exits-in-groups" in report
+
+
+def test_what_a_round_must_reserve_is_counted_in_drafted_tokens(model):
+    fault = batch_fault("one slot for a round", step=reserves_one)
+    broken = check.check(trace(model, "few-slots", *fault)).broken
+    assert "start + k + 1 = 6 slots, found 3" in str(broken), str(broken)
+
+
+@pytest.mark.parametrize("absent", ["mixups", "numpy_decode"])
+def test_without_the_files_beside_it_check_names_the_decoders_rule(model, absent, monkeypatch):
+    by_row = sequence_fault("noise by row", pick=picks_at(lambda s, p: p - len(s.tokens)))
+    found = trace(model, "one-exit", *by_row)
+    monkeypatch.setitem(sys.modules, absent, None)
+    broken = check.check(found).broken
+    assert broken.rule == "4.3" and f"{absent}.py, which could tell" in str(broken)
 
 
 def test_a_live_prefix_may_share_slots(model, monkeypatch):

@@ -101,7 +101,7 @@ def test_a_drafted_text_that_is_not_the_plain_one_is_exit_code_1(run, monkeypatc
 
 def test_peers_have_a_row_each_where_they_are_installed(run):
     text = run(f"peers {SIZE}").out
-    names = [f"this code, {kind}" for kind in ("plain", "drafted")]
+    names = [f"this code, {kind}" for kind in ("plain", "drafted", "lookup")]
     if find_spec("transformers"):
         names += [f"transformers, {kind}" for kind in ("plain", "drafted")]
     if find_spec("llama_cpp") and find_spec("gguf"):
