@@ -238,7 +238,7 @@ def main() -> None:
     add("--tasks", nargs="+", metavar="NAME", help="tasks of lm-eval")
     add("--summaries", type=Path, metavar="FILE", help="prompts, references: ROUGE, speed")
     add = p.add_argument
-    add("--exits", type=int, nargs="+", default=[], metavar="E", help="of --data: all")
+    add("--exits", type=int, nargs="+", default=[], metavar="E", help="alone; of --data: all")
     add("--include-path", type=Path, metavar="DIR", help="tasks of a folder, not lm-eval's own")
     add("--limit", type=int, default=1 << 30, metavar="N", help="of each, the first N")
     add("--batch", type=int, default=8, metavar="N", help="likelihoods together; %(default)s")

@@ -216,7 +216,7 @@ def test_summaries_are_scored_and_drafted_ones_are_the_full_models(run, tmp_path
     prompts, rows = ["def f(x):\n", "import os\n"], []
     for prompt in prompts:
         (text,) = Judge(t, 4).generate_until([asked(prompt, dict(max_gen_toks=20))])
-        rows.append(dict(prompt=prompt, reference=f"a.txt and more of it"))
+        rows.append(dict(prompt=prompt, reference=f"{text} and more of it"))
     file = tmp_path / "s.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     how = ["--max-new-tokens", 20, "--min-confidence", 0, "--exits", 2, "--csv", tmp_path / "s.csv"]
@@ -288,7 +288,7 @@ BAD = """
 @pytest.mark.parametrize("line", BAD.strip().splitlines())
 def test_what_cannot_run_is_one_line_and_leaves_nothing(run, tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
-    for package in ("lm_eval", "rouge_score"):  # as if it were not installed
+    for package in ("lm_eval.api.model", "rouge_score.rouge_scorer"):  # as if it were not installed
         monkeypatch.setitem(sys.modules, package, None)
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
