@@ -2,14 +2,18 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from decode import Round, Sampling, generate
 from exact import pack
 from extras.drafters import FORMS, parse_drafter
+from model import load_checkpoint
 from support.console import (
     DEFAULT_CKPT,
     DEFAULT_PROMPT,
@@ -86,10 +90,10 @@ def parser() -> argparse.ArgumentParser:
 class Session:
     """What the options ask for, ready to answer. Raises ValueError on what cannot run."""
 
-    def __init__(self, args: argparse.Namespace, text: str):
-        """`text` is the prompt, which --exit auto reads."""
-        self.args = args
-        self.model, self.tokenizer = load(args.ckpt, args.dtype, args.device)
+    def __init__(self, args: argparse.Namespace, text: str, read: Callable, agreed: Callable):
+        """`text` is the prompt, which --exit auto reads. `read` and `agreed`: see main."""
+        self.args, self.agreed = args, agreed
+        self.model, self.tokenizer = load(args.ckpt, args.dtype, args.device, read)
         self.encode: Callable[[str], list[int]] = self.tokenizer.encode
         self.chat = None
         if args.system is not None and not args.chat:
@@ -117,7 +121,7 @@ class Session:
         if args.exit == "auto":
             from extras.lens import choose_exit
 
-            settings |= choose_exit(model, self.encode(text), settings | given)
+            settings |= self.agreed(choose_exit(model, self.encode(text), settings | given))
         elif args.exit is not None:
             if args.exit not in map(str, range(1, last + 1)):
                 raise ValueError(f"--exit must be auto or from 1 to {last}, not {args.exit:.40}")
@@ -157,7 +161,7 @@ class Session:
         """Decodes after one prompt, and shows the text, the statistics and --compare, or JSON."""
         if not text:
             raise ValueError("the prompt is empty")
-        args, ids = self.args, self.encode(text)
+        args, ids = self.args, self.agreed(self.encode(text))
         if args.compare:  # both once for a few tokens, so that neither is timed cold
             for full in (False, True):
                 collect(self.run(ids, full, max_new_tokens=16))
@@ -235,12 +239,18 @@ def main() -> None:
     args = (options := parser()).parse_args()
     if args.stdin not in (None, "-"):
         options.error(f"{args.stdin!r:.80} belongs to no option: text goes after --prompt")
-    with command_errors("decode.py"):
+    # What reads a checkpoint, and what makes a value that of the first process.
+    context: Any = nullcontext((load_checkpoint, lambda value: value))
+    if "RANK" in os.environ:
+        from extras.parallel import processes
+
+        context = processes(args)
+    with command_errors("decode.py"), context as (read, agreed):
         if sys.stdout is None or (sys.stdin is None and (args.stdin or args.interactive)):
             raise ValueError("standard input or output is closed")
         given = args.prompt.encode(errors="surrogateescape")
         text = (sys.stdin.buffer.read() if args.stdin else given).decode("utf-8-sig")
-        session = Session(args, "" if args.interactive else text)
+        session = Session(args, "" if args.interactive else text, read, agreed)
         if args.interactive:
             session.interact()
         else:
