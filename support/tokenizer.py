@@ -4,7 +4,7 @@ A token may end inside a UTF-8 character, and decoding drops a leading space: se
 """
 
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Collection, Iterable, Set
 from itertools import takewhile
 from operator import eq
 from pathlib import Path
@@ -237,14 +237,19 @@ class Stream:
     A window of the latest ids is decoded. After a closing id its text is final, but for U+FFFD as
     its last three characters: an unfinished character has at most three bytes. Old ids leave when
     the others decode to the same end, perhaps after U+FFFD for a cut character.
+
+    With `stops`, the text ends before the first of them to be complete, and `stopped` says so. What
+    may become one is held back.
     """
 
     KEEP = 8  # ids of a shortened window
 
-    def __init__(self, tokenizer: Tokenizer, context: list[int]):
+    def __init__(self, tokenizer: Tokenizer, context: list[int], stops: Collection[str] = ()):
         self.tokenizer, self.window, self.given = tokenizer, list[int](), ""
+        self.stops, self.stopped, self.held = list[str](), False, ""
         self.feed(context)
         self.given = tokenizer.decode(self.window)  # the start of its text that is out
+        self.stops += stops
 
     def feed(self, ids: list[int]) -> str:
         """Takes the next ids; gives the text that no later id can change."""
@@ -260,11 +265,22 @@ class Stream:
             if len(end) >= max(unsure, 1) and text.endswith(end):
                 self.window = self.window[-self.KEEP :]
                 self.given = tail[: -len(end)] + self.given[len(text) - len(end) :]
-        return new
+        return self._before_stop(new)
 
     def finish(self) -> str:
         """The text held back; U+FFFD for an unfinished character."""
-        return self._give(self.tokenizer.decode(self.window))
+        return self._before_stop(self._give(self.tokenizer.decode(self.window)), last=True)
+
+    def _before_stop(self, new: str, last: bool = False) -> str:
+        text, self.held = "" if self.stopped else self.held + new, ""
+        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops]
+        if found := [end for end in ends if end[1] >= 0]:
+            self.stopped = True
+            return text[: min(found)[1]]
+        starts = (stop[:size] for stop in self.stops for size in range(1, len(stop)))
+        held = 0 if last else max(map(len, filter(text.endswith, starts)), default=0)
+        text, self.held = text[: len(text) - held], text[len(text) - held :]
+        return text
 
     def _give(self, text: str) -> str:
         shared = sum(takewhile(bool, map(eq, text, self.given)))

@@ -36,10 +36,10 @@ from exact import (
     pack,
     row_silu,
     safe_padding,
-    safe_rows,
 )
 from extras.early_exit import keep_layers
 from model import Llama, RMSNorm, rotate
+from support.trials import safe_rows
 
 threads = pytest.mark.threads
 SCALES = st.floats(-4, 2).map(lambda power: 10.0**power)  # of activations
@@ -360,7 +360,7 @@ def test_a_product_keeps_rows_apart(dtype, shape, count):
 ])  # fmt: skip
 def test_short_passes_are_padded_or_run_row_by_row(safe, rows, passes, monkeypatch):
     """Up to the safe number of rows; alone where none is safe."""
-    monkeypatch.setattr(exact, "safe_rows", lambda way, weight: safe)
+    monkeypatch.setattr(exact, "safe_rows", lambda way, weight, most: safe)
     plain, ran = torch.nn.Linear(12, 7, bias=False), []
     linear, x = RowLinear({}, plain), torch.randn(rows, 12)
     product = linear.product
@@ -371,7 +371,8 @@ def test_short_passes_are_padded_or_run_row_by_row(safe, rows, passes, monkeypat
 
 def test_one_probe_serves_all_weights_of_a_shape(monkeypatch):
     tried = []
-    monkeypatch.setattr(exact, "safe_rows", lambda way, weight: tried.append(weight.shape) or 1)
+    try_it = lambda way, weight, most: tried.append(weight.shape) or 1
+    monkeypatch.setattr(exact, "safe_rows", try_it)
     pack(tiny_model(tiny_config(n_layers=6)))
     assert len(tried) == len(set(tried)) == 5  # qkv, o, gate and up, down, head
 
@@ -412,7 +413,7 @@ def test_the_probe_finds_the_row_counts_whose_bits_differ(product, shape, dtype,
     weight, x = torch.randn(shape).to(dtype), torch.randn(2, shape[1]).to(dtype)
     if product is alone_otherwise:
         assert (product(weight, x)[:1] != product(weight, x[:1])).float().mean() < 0.05
-    assert safe_rows(lambda weight: partial(product, weight), weight) in safe
+    assert safe_rows(lambda weight: partial(product, weight), weight, MAX_ROWS) in safe
 
 
 @pytest.mark.parametrize("count", THREADS[1:])
