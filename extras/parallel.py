@@ -176,31 +176,29 @@ class Input:
 
 @contextmanager
 def processes(args: Namespace) -> Iterator[tuple[Callable, Callable]]:
-    """Makes this process one of torchrun's group while a command with these options runs.
+    """Makes this process one of torchrun's while a command runs; gives load_part and agreed.
 
     The first process alone reads standard input and prints. Where several fail, as all do on bad
     input, one says why. Raises ValueError for options that need the whole model.
     """
     store, rank, count = next(dist.rendezvous("env://"))
-    gpu = args.device != "cpu" and torch.cuda.is_available()
+    gpus = torch.cuda.device_count() if args.device != "cpu" else 0
     # Who is lost is noticed by closed connections, and by torchrun. A day is for somebody's answer.
-    patience, backend = timedelta(days=1), "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    dist.init_process_group(
-        backend, timeout=patience, store=store, rank=rank, world_size=count
-    )
+    patience, backend = timedelta(days=1), "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=count)
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # ends a conversation too
     stderr = sys.stderr
     if rank:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     if sys.stdin:
-        sys.stdin = Input(sys.stdin)  # type: ignore[assignment]
+        sys.stdin = Input(sys.stdin)
     try:
-        if gpu:
-            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if args.device not in ("auto", "cuda") or local >= gpus:
-                raise ValueError(f"{count} processes need a GPU each, of {gpus}, or --device cpu")
-            torch.cuda.set_device(local)
         refuse(args)
+        if gpus:
+            local = int(os.environ["LOCAL_RANK"])
+            if args.device not in ("auto", "cuda") or local >= gpus:
+                raise ValueError(f"each process needs a GPU of the {gpus} here, or --device cpu")
+            torch.cuda.set_device(local)
         yield load_part, agreed
     except Exception:
         if store.add("failed", 1) > 1:
@@ -211,9 +209,11 @@ def processes(args: Namespace) -> Iterator[tuple[Callable, Callable]]:
 
 
 def refuse(args: Namespace) -> None:
-    """Raises ValueError for options of decode.py that need the whole model in one process."""
-    if args.drafter not in DRAFTERS:
+    """Raises ValueError for options of a command that need the whole model in one process."""
+    given = vars(args)
+    who = given.get("drafter", "exit")
+    if not {who} if isinstance(who, str) else {*who} <= {*DRAFTERS}:
         raise ValueError(f"over several processes --drafter is {', '.join(DRAFTERS)}")
     for option in ("compile", "no_verify"):
-        if getattr(args, option):
+        if given.get(option):
             raise ValueError(f"--{option.replace('_', '-')} is not for several processes")

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from decode import EarlyExit, NoDraft, Round, Sampling, generate
 from exact import pack
@@ -100,10 +101,16 @@ def parser() -> argparse.ArgumentParser:
 class Session:
     """What the options ask for, ready to answer. Raises ValueError on what cannot run."""
 
-    def __init__(self, args: argparse.Namespace, text: str, read: Callable, agreed: Callable):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        text: str,
+        read: Callable = load_checkpoint,
+        agreed: Callable = lambda value: value,
+    ):
         """`text` is the prompt, or the first one, which --exit auto reads.
 
-        `read` loads a checkpoint. agreed(value) is the value of the first of several processes.
+        agreed(value) is the first process's value where `read` loads a part of the model.
         """
         self.args, self.agreed = args, agreed
         if "" in args.stop:
@@ -300,19 +307,20 @@ def main() -> None:
     args = (options := parser()).parse_args()
     if args.stdin not in (None, "-"):
         options.error(f"{args.stdin!r:.80} belongs to no option: text goes after --prompt")
-    code, several = 0, nullcontext((load_checkpoint, lambda value: value))
+    code = 0
+    several: Any = nullcontext(())
     if "RANK" in os.environ:  # torchrun's
         from extras.parallel import processes
 
         several = processes(args)
-    with command_errors("decode.py"), several as (read, agreed):
+    with command_errors("decode.py"), several as own:
         if sys.stdout is None or (sys.stdin is None and (args.stdin or args.interactive)):
             raise ValueError("standard input or output is closed")
         given = args.prompt.encode(errors="surrogateescape")
         prompts = [prompt_text(sys.stdin.buffer.read() if args.stdin else given)]
         if args.prompts_file:
             prompts = [row["prompt"] for row in read_prompts(args.prompts_file)]
-        session = Session(args, "" if args.interactive else prompts[0], read, agreed)
+        session = Session(args, "" if args.interactive else prompts[0], *own)
         if args.interactive:
             session.interact()
         elif args.prompts_file:
