@@ -13,7 +13,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +36,7 @@ def connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ConnectionError(f"another process has ended ({error!s:.200})") from None
+        raise ConnectionError(f"another process was lost ({error!s:.200})") from None
 
 
 def gathered(part: Tensor) -> Tensor:
@@ -201,18 +201,20 @@ def processes(args: Namespace) -> Iterator[tuple[Callable, Callable]]:
             torch.cuda.set_device(local)
         yield load_part, agreed
     except Exception:
-        if store.add("failed", 1) > 1:
-            os._exit(0)
+        with suppress(RuntimeError):  # the store may have been in a process that was lost
+            if store.add("failed", 1) > 1:
+                os._exit(0)
         sys.stderr = stderr
         raise
-    dist.destroy_process_group()
+    finally:
+        dist.destroy_process_group()  # its threads would abort the interpreter's end
 
 
 def refuse(args: Namespace) -> None:
     """Raises ValueError for options of a command that need the whole model in one process."""
     given = vars(args)
-    who = given.get("drafter", "exit")
-    if not {who} if isinstance(who, str) else {*who} <= {*DRAFTERS}:
+    drafters = given.get("drafter", [])
+    if not {*([drafters] if isinstance(drafters, str) else drafters)} <= {*DRAFTERS}:
         raise ValueError(f"over several processes --drafter is {', '.join(DRAFTERS)}")
     for option in ("compile", "no_verify"):
         if given.get(option):
