@@ -1,13 +1,13 @@
 """Decoding over several processes: `torchrun --nproc-per-node N decode.py ...`
 
-Tensor parallelism (Megatron-LM, arXiv 1909.08053). Each of N processes has a Llama of 1/N of the
-heads, hidden units and vocabulary rows, and the cache of its heads. What o_proj and down_proj give
-are parts of a sum. A ring all-reduce would add them in an order that depends on an element's place
-in the buffer, and so on the rows beside it. Here every process gathers the parts, and adds them in
-the order of the ranks. The hidden states and the gathered logits are then the same everywhere, so
-every process runs the whole command, and picks the same tokens.
+Tensor parallelism (Megatron-LM, arXiv 1909.08053): each process has 1/N of the heads, hidden units
+and vocabulary rows, and the cache of its heads. o_proj and down_proj give parts of a sum. A ring
+all-reduce would add them in an order that depends on the rows of the pass. So every process gathers
+the parts, and adds them in the order of the ranks. Hidden states and logits are then the same bits
+everywhere: every process runs the whole command, and picks the same tokens.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -32,7 +32,7 @@ DRAFTERS = "exit", "lookup", "lookup+exit", "jacobi", "lookahead"  # that use no
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """Makes what a collective call raises when a process is lost a ConnectionError."""
+    """Makes what a collective call raises, as where a process is lost, a ConnectionError."""
     try:
         yield
     except RuntimeError as error:
@@ -40,7 +40,7 @@ def connected() -> Iterator[None]:
 
 
 def gathered(part: Tensor) -> Tensor:
-    """The tensors (...) of all processes, by rank: (N, ...)."""
+    """(N, ...): the tensors (...) of all processes, by rank."""
     parts = part.new_empty(dist.get_world_size(), *part.shape)
     with connected():
         dist.all_gather([*parts], part.contiguous())
@@ -48,7 +48,7 @@ def gathered(part: Tensor) -> Tensor:
 
 
 def added(part: Tensor) -> Tensor:
-    """The sum of the tensors (...) of all processes, by rank, in float32 or a wider type."""
+    """The sum of the tensors (...) of all processes, by rank, in float32 or wider."""
     parts = gathered(part)
     total = parts[0].to(torch.promote_types(part.dtype, torch.float32))
     for other in parts[1:]:
@@ -57,7 +57,7 @@ def added(part: Tensor) -> Tensor:
 
 
 def agreed(value: Any) -> Any:
-    """The first process's value, in every process."""
+    """The first process's value."""
     values = [value]
     with connected():
         dist.broadcast_object_list(values)
@@ -112,26 +112,7 @@ class PartOfLlama(Llama):
 def load_part(
     path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> PartOfLlama:
-    """model.load_checkpoint for this process: of a tensor that is split only its part is read.
-
-    Raises in every process what one of them finds.
-    """
-    part, failure = None, None
-    try:
-        part = _load_part(path, dtype, device)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        failure = str(error) or "out of memory"
-    failures = [None] * dist.get_world_size()
-    with connected():
-        dist.all_gather_object(failures, failure)
-    for failure in failures:
-        if failure:
-            raise ValueError(failure)
-    assert part
-    return part
-
-
-def _load_part(path: str | Path, dtype: torch.dtype | None, device: Any) -> PartOfLlama:
+    """model.load_checkpoint for this process: of a tensor that is split only its part is read."""
     fields, tensors = read_checkpoint(path)
     config, weights = Config(**fields), {}
     with torch.device("meta"):
@@ -156,37 +137,33 @@ def _load_part(path: str | Path, dtype: torch.dtype | None, device: Any) -> Part
 
 
 class Input:
-    """Standard input for all processes, which the first one reads."""
+    """Standard input, which the first process reads for all."""
 
     def __init__(self, stdin: Any):
-        self.stdin, self.first, self.buffer = stdin, dist.get_rank() == 0, self
-
-    def isatty(self) -> bool:
-        """Whether somebody types."""
-        return self.first and self.stdin.isatty()
+        self.stdin, self.buffer, self.isatty = stdin, self, stdin.isatty
 
     def read(self) -> bytes:
-        """All that is left."""
-        return agreed(self.first and self.stdin.buffer.read())
+        return agreed(dist.get_rank() or self.stdin.buffer.read())
 
     def readline(self) -> bytes:
-        """The next line; at the end, nothing."""
-        return agreed(self.first and self.stdin.buffer.readline())
+        return agreed(dist.get_rank() or self.stdin.buffer.readline())
 
 
 @contextmanager
 def processes(args: Namespace) -> Iterator[tuple[Callable, Callable]]:
     """Makes this process one of torchrun's while a command runs; gives load_part and agreed.
 
-    The first process alone reads standard input and prints. Where several fail, as all do on bad
-    input, one says why. Raises ValueError for options that need the whole model.
+    The first process alone reads standard input and prints. Of several that fail, as all do on bad
+    input, the first to do so says why. Raises ValueError for what needs the whole model.
     """
     store, rank, count = next(dist.rendezvous("env://"))
-    gpus = torch.cuda.device_count() if args.device != "cpu" else 0
-    # Who is lost is noticed by closed connections, and by torchrun. A day is for somebody's answer.
-    patience, backend = timedelta(days=1), "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=count)
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    backend = "gloo" if args.device == "cpu" or not gpus else "cpu:gloo,cuda:nccl"
+    day = timedelta(days=1)  # for users. A lost process is known by its closed connections
+    dist.init_process_group(backend, timeout=day, store=store, rank=rank, world_size=count)
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # ends a conversation too
+    with suppress(AttributeError):  # glibc: M_MMAP_THRESHOLD, so that freed weights are given back
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)
     stderr = sys.stderr
     if rank:
         sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -194,27 +171,26 @@ def processes(args: Namespace) -> Iterator[tuple[Callable, Callable]]:
         sys.stdin = Input(sys.stdin)
     try:
         refuse(args)
-        if gpus:
-            local = int(os.environ["LOCAL_RANK"])
+        if backend != "gloo":
             if args.device not in ("auto", "cuda") or local >= gpus:
-                raise ValueError(f"each process needs a GPU of the {gpus} here, or --device cpu")
+                raise ValueError(f"each process needs one of {gpus} GPUs, or --device cpu")
             torch.cuda.set_device(local)
         yield load_part, agreed
     except Exception:
-        with suppress(RuntimeError):  # the store may have been in a process that was lost
+        with suppress(RuntimeError):  # the store may be lost too
             if store.add("failed", 1) > 1:
                 os._exit(0)
         sys.stderr = stderr
         raise
     finally:
-        dist.destroy_process_group()  # its threads would abort the interpreter's end
+        dist.destroy_process_group()  # its threads would abort the end of the interpreter
 
 
 def refuse(args: Namespace) -> None:
     """Raises ValueError for options of a command that need the whole model in one process."""
     given = vars(args)
-    drafters = given.get("drafter", [])
-    if not {*([drafters] if isinstance(drafters, str) else drafters)} <= {*DRAFTERS}:
+    who = given.get("drafter", [])
+    if not {*([who] if isinstance(who, str) else who)} <= {*DRAFTERS}:
         raise ValueError(f"over several processes --drafter is {', '.join(DRAFTERS)}")
     for option in ("compile", "no_verify"):
         if given.get(option):
