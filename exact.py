@@ -13,7 +13,7 @@ many rows share its pass, nor on their content, nor on its place. Four things ma
                          alone decides, and pads the queries where the trial says so.
     elementwise loops    A vector loop ends in a scalar tail, which may round otherwise: that of
                          exp does; +, *, / and sqrt cannot (IEEE 754 rounds them correctly).
-                         PackedNorm uses only these; row_silu gives each row a tail of its own.
+                         PackedNorm has only these and a sum; row_silu gives each row a tail.
     sums over a row      PyTorch splits sums of 32,768 numbers and more between threads. No
                          Llama has such rows; pack refuses them.
 
@@ -42,7 +42,7 @@ VIEW = 64  # attention looks at a multiple of so many positions
 
 def auto_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it, else float32."""
-    onednn = torch.backends.mkldnn.is_available()  # not in every build
+    onednn = torch.backends.mkldnn.is_available()
     if device.type == "cuda" or (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return torch.bfloat16
     return torch.float32
@@ -58,7 +58,7 @@ def pack(model: Llama) -> Llama:
         return model
     if model.config.dim >= 1 << 15:
         raise ValueError(f"rows of {model.config.dim} numbers cannot be exact: use --no-exact")
-    product = partial(RowLinear, {})
+    product = partial(RowLinear, {})  # {}: what trials found, for all layers
     for layer in model.layers:
         layer.self_attn = PackedAttention(layer.self_attn, product)
         layer.mlp = PackedMLP(layer.mlp, product, row_silu)
@@ -104,7 +104,7 @@ def batched_product(weight: Tensor) -> Product:
 class RowLinear:
     """x (T, in) -> (T, out): one or several linear layers of the same input, as one exact product.
 
-    min_rows is what a trial found, and `probed` keeps for weights of the same shape: 1, any pass
+    min_rows is what a trial found (kept in `probed` for weights of the same shape): 1, any pass
     will do; M, shorter passes are padded up to M rows; 0, each row runs alone.
     """
 
@@ -112,7 +112,7 @@ class RowLinear:
 
     def __init__(self, probed: dict, *layers: nn.Linear):
         weight = torch.cat([layer.weight.detach() for layer in layers])
-        ways: list = [linear_product]  # in order of preference
+        ways: list = [linear_product]
         if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
             if weight.dtype == torch.float32 or weight.dtype == auto_dtype(weight.device):
                 ways = [packed_product]
@@ -129,11 +129,12 @@ class RowLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
-        if rows > MAX_ROWS or x.dim() > 2 or 0 < self.min_rows <= rows:
-            return self.product(x)
-        if self.min_rows == 0:  # each row alone; a clone is aligned in memory, a slice may not be
-            return torch.cat([self.product(row.clone()) for row in x.split(1)])
-        return self.product(F.pad(x, (0, 0, 0, self.min_rows - rows)))[:rows]
+        if x.dim() == 2 and rows <= MAX_ROWS:
+            if self.min_rows == 0:  # alone; a clone is aligned, a slice may not be
+                return torch.cat([self.product(row.clone()) for row in x.split(1)])
+            if rows < self.min_rows:
+                return self.product(F.pad(x, (0, 0, 0, self.min_rows - rows)))[:rows]
+        return self.product(x)
 
 
 # --------------------------------------
@@ -146,16 +147,15 @@ def view_len(end: int) -> int:
 
 
 def blocks(start: int, rows: int, width: int) -> Iterator[tuple[int, int, int]]:
-    """Cuts rows at positions start..start+rows-1 into blocks: (first, last, view).
-
-    A block has at most `width` rows, which all look at the same length of view.
+    """Cuts rows at positions start..start+rows-1 into blocks of rows [first, end): yields
+    (first, end, view). A block has at most `width` rows, which look at the same length of view.
     """
-    first, end = start, start + rows
-    while first < end:
-        view = view_len(first + 1)
-        last = min(first + width, view, end)
-        yield first - start, last - start, view
-        first = last
+    first = 0
+    while first < rows:
+        view = view_len(start + first + 1)
+        end = min(first + width, view - start, rows)
+        yield first, end, view
+        first = end
 
 
 def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -164,10 +164,10 @@ def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> 
     The rows and the G = H / Hkv heads of a group are together the queries of a key/value head, so
     the cache is read once for all. They are padded to the rows of mask (at least T, G, S).
     """
-    (rows, heads, size), (height, _, view) = q.shape, mask.shape
+    (rows, heads, size), height = q.shape, mask.shape[0]
     q = F.pad(q, (0, 0, 0, 0, 0, height - rows)).view(height, keys.shape[1], -1, size)
     q = q.transpose(0, 1).reshape(1, keys.shape[1], -1, size)  # (1, Hkv, height * G, hd)
-    mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.view(-1, view))
+    mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.flatten(0, 1))
     mixed = mixed.view(keys.shape[1], height, -1, size).transpose(0, 1)  # (height, Hkv, G, hd)
     return mixed.reshape(height, heads, size)[:rows]
 
@@ -175,7 +175,7 @@ def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> 
 def block_mask(positions: Tensor, view: int, group: int, pad_to: int, dtype: torch.dtype) -> Tensor:
     """0 where a row at one of `positions` (T,) sees a position of the view, else -inf.
 
-    (T or pad_to, group, view): for each head of a group. Rows that only pad see all.
+    (T or pad_to, group, view). Rows that only pad see all.
     """
     later = torch.arange(view, device=positions.device) > positions[:, None]  # (T, S)
     height = pad_to if pad_to > 1 else positions.shape[0]
@@ -196,12 +196,12 @@ def safe_padding(model: Llama) -> int:
         q, k, v = loud_attention(BLOCK_ROWS, view, heads, model.dtype, model.device)
 
         def attend(rows: Tensor) -> Tensor:
-            mask = block_mask(0 * rows.to(q.device) + view, view, group, pad_to, q.dtype)
-            return grouped_attention(q[rows], k, v, mask)
+            last = torch.full_like(rows, view - 1, device=q.device)  # all see all
+            return grouped_attention(q[rows], k, v, block_mask(last, view, group, pad_to, q.dtype))
 
         return keeps_apart(attend, 1, BLOCK_ROWS)
 
-    tries = (1, BLOCK_ROWS) if c.head_dim >= 16 else (BLOCK_ROWS,)  # few numbers hide an order
+    tries = (1, BLOCK_ROWS) if c.head_dim >= 16 else (BLOCK_ROWS,)  # short sums hide their order
     for pad_to in tries:
         if all(keeps(view, pad_to) for view in range(VIEW, 17 * VIEW, 3 * VIEW)):
             return pad_to

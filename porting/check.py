@@ -60,9 +60,10 @@ BATCH_RULES = {  # of SERVING.md
     "12.9": "accepted tokens and length are the sequence's own",
     "12.10": "a sequence leaves its lane with its last round, and the next one keeps nothing of it",
     "13.1": "a slot belongs to one position of one sequence",
-    "13.2": "slots for limit + 1 rows are reserved before drafting",
+    "13.2": "a round's k + 1 rows have slots, reserved before drafting",
     "13.3": "a live position keeps its slot",
     "13.4": "slots are free after their sequence's last round, not before",
+    "13.5": "a shared prefix is live in all who share it, and is not written (13.6)",
 }
 
 
@@ -111,6 +112,7 @@ class Report:
     dtype: str
     tolerance: float
     missing: list[str]  # golden cases that the trace lacks
+    no_batches: list[str]  # golden batches that it lacks
     broken: Broken | None = None
     cases: int = 0
     rounds: int = 0
@@ -134,9 +136,9 @@ class Report:
         if self.unused:
             text += "; given, but without golden ones: "
             text += ", ".join(f"{times} {kind}" for kind, times in self.unused.items())
-        if self.missing:
-            more = f" and {len(self.missing) - 3} more" * (len(self.missing) > 3)
-            text += f"; cases not given: {', '.join(self.missing[:3])}{more}"
+        for kind, missing in (("batches", self.no_batches), ("cases", self.missing)):
+            more = f" and {len(missing) - 3} more" * (len(missing) > 3)
+            text += f"; {kind} not given: {', '.join(missing[:3])}{more}" if missing else ""
         return text
 
 
@@ -400,7 +402,8 @@ def check(trace: dict, tolerance: float | None = None) -> Report:
     grouped = well_formed_batches(batches, wanted["batches"], golden)
     from safetensors.numpy import load_file  # here: --help needs it not
 
-    report = Report(dtype, TOLERANCE[dtype] if tolerance is None else tolerance, missing)
+    left = [b["name"] for b in wanted["batches"] if all(b is not group for _, group in grouped)]
+    report = Report(dtype, TOLERANCE[dtype] if tolerance is None else tolerance, missing, left)
     vectors: dict = {}
     for part in PARTS:
         vectors |= load_file(GOLDEN / f"{part}{dtype}.safetensors")
@@ -452,9 +455,11 @@ class Batch:
 
     def walk(self) -> None:
         """All steps."""
-        for step in self.traced["steps"]:
+        steps = self.traced["steps"]
+        for number, step in enumerate(steps):
+            later = {e["sequence"] for other in steps[number:] for e in other}
             for e in step:
-                self.place(e)
+                self.place(e, later)
             for e in step:
                 self.slots(e, step)
             now = {e["sequence"]: copy(self.cases[e["sequence"]]) for e in step}
@@ -463,34 +468,38 @@ class Batch:
                 try:
                     self.cases[name].step(e)
                 except Broken as broken:
-                    from mixups import mixup  # beside this file
-
                     own = now.pop(name)
-                    rule, says = mixup(broken, e, own, [*now.values()], self.before[name])
+                    rule, says = mixed_up(broken, e, own, [*now.values()], self.before[name])
                     broken.rule, broken.found = rule, f"{broken.found}{says}"
                     self.name(broken, name)
                     raise
                 case = self.cases[name]
                 self.tables[name] = e.get("slots", [])[: e["length"] if case.now else 0]
-        for name, case in self.cases.items():
-            try:
-                case.finish()
-            except Broken as broken:
-                last, others = case.tokens[-1], self.cases.values()
-                broken.rule = "12.6" if any(last in o.eos for o in others) else "12.1"
-                self.name(broken, name)
-                raise
+        for name in self.cases:
+            self.finish(name)
+
+    def finish(self, name: str) -> None:
+        """12.1: nothing is left of a sequence that has had its last round."""
+        try:
+            self.cases[name].finish()
+        except Broken as broken:
+            broken.rule, broken.found = "12.1", f"{broken.found} (by an EOS of another? 12.6)"
+            self.name(broken, name)
+            raise
 
     def name(self, broken: Broken, sequence: str) -> None:
         """Says where: the rounds are those of the sequence."""
         broken.case = f"{self.wanted['name']}, sequence {sequence}"
 
-    def place(self, e: dict) -> None:
+    def place(self, e: dict, later: set[str]) -> None:
         """12.10: nobody else is in the lane, and the sequence has not been in another."""
         name, lane = e["sequence"], e["lane"]
         there = [other for other in self.lane if self.lane[other] == lane and other != name]
         if name not in self.lane:
             self.before[name] = self.cases[there[-1]] if there else None
+        for other in there:
+            if other not in later:  # it left the lane, not this one came too early
+                self.finish(other)
         if any(self.cases[other].now for other in there):
             self.broken("12.10", e, f"lane {lane} is free", f"{there[-1]} in it")
         if self.lane.setdefault(name, lane) != lane:
@@ -504,13 +513,15 @@ class Batch:
 
     def slots(self, e: dict, step: list[dict]) -> None:
         """13.1 to 13.4."""
-        if "slots" not in e:
+        own, table, count = self.cases[e["sequence"]], e.get("slots"), self.wanted["slots"]
+        own.report.golden["slots"] += 1
+        if table is None:
             return
-        own, table, count = self.cases[e["sequence"]], e["slots"], self.wanted["slots"]
+        own.report.compared["slots"] += 1
         known = self.tables.get(own.name, [])
         rows = len(own.tokens) + len(e["drafted"])
         if len(table) < rows:
-            self.broken("13.2", e, f"slots for {rows} rows", len(table))
+            self.broken("13.2", e, f"start + k + 1 = {rows} slots", len(table))
         if len(set(table)) < len(table) or not all(0 <= slot < count for slot in table):
             self.broken("13.1", e, f"different slots below {count}", table)
         for p, (before, slot) in enumerate(zip(known, table)):
@@ -520,13 +531,27 @@ class Batch:
         for name, other in (self.tables | now).items():
             case = self.cases[name]
             for q, p in ((q, table.index(slot)) for q, slot in enumerate(other) if slot in table):
-                live = p == q < min(len(own.tokens), len(case.tokens)) - 1
-                if name == own.name or (live and own.tokens[: p + 1] == case.tokens[: p + 1]):
+                same = p == q and own.tokens[: p + 1] == case.tokens[: p + 1]
+                live = p < min(len(own.tokens), len(case.tokens)) - 1
+                if name == own.name or (live and same):
                     continue
                 kept = q < len(self.tables.get(name, []))  # live since the step before, or longer
-                text = f"slot {table[p]}, of position {q} of {name}"
+                text, rule = f"slot {table[p]}, of position {q} of {name}", "13.4" if kept else "13.1"
+                if table[0] == other[0]:  # meant as a shared prefix
+                    rule = "13.5" if same else "13.1"
+                    text += "" if same else ", after other tokens (or was it freed too early? 13.4)"
                 if kept or p >= len(known):
-                    self.broken("13.4" if kept else "13.1", e, "a free slot", text, p)
+                    self.broken(rule, e, "a free slot", text, p)
+
+
+def mixed_up(broken: Broken, *entry: Any) -> tuple[str, str]:
+    """mixups.mixup. Without that file, or numpy_decode.py, the rule stays as it is."""
+    try:
+        from mixups import mixup  # beside this file
+
+        return mixup(broken, *entry)
+    except ImportError as missing:
+        return broken.rule, f" (a mix-up? {missing.name}.py, which could tell, is not here)"
 
 
 def check_filters(given: Any, golden: list[dict], report: Report) -> None:

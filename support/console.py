@@ -165,21 +165,17 @@ class Totals:
         """Share of drafted tokens that were accepted; None when nothing was drafted."""
         return sum(r.accepted for r in self.rounds) / self.drafted if self.drafted else None
 
-    def reading_summary(self) -> str:
-        """The statistics of the prompt, one line; nothing where none was noted."""
-        if not self.prompt_seconds:
-            return ""
-        speed = f"{self.prompt / self.prompt_seconds:.0f} tokens/s"
-        text = f"prompt: {self.prompt} tokens in {self.prompt_seconds:.2f} s: {speed}"
-        return f"{text} | first new token after {self.times[0]:.2f} s\n"
-
     def summary(self) -> str:
-        """The statistics, one line."""
+        """The statistics, one line, after one of the prompt where that was noted."""
         speed = f"{self.tokens_per_second:.0f} tokens/s"
         text = f"{len(self.ids)} tokens in {self.seconds:.2f} s: {speed}"
         if self.acceptance is not None:
             text += f" | {self.acceptance:.0%} of the drafted tokens accepted"
             text += f" | {len(self.ids) / len(self.rounds):.2f} tokens per round"
+        if self.prompt:
+            speed = f"{self.prompt / self.prompt_seconds:.0f} tokens/s"
+            first = f"{speed} | first new token after {self.times[0]:.2f} s"
+            text = f"prompt: {self.prompt} tokens in {self.prompt_seconds:.2f} s: {first}\n{text}"
         return text
 
 
@@ -208,23 +204,20 @@ def collect(
 
 
 @contextmanager
-def reading(
-    make: Callable[..., Any], prompt: int, into: Totals
-) -> Iterator[Callable[..., SimpleNamespace]]:
+def reading(make: Callable[..., Any], prompt: int, into: Totals) -> Iterator[Callable[..., Any]]:
     """Gives drafters as those of `make`, whose first draft notes that the prompt has been read.
 
     If that takes longer than a second, a line says so on a terminal until then.
     """
-    started, shown = time.perf_counter(), list[str]()
-
-    def say() -> None:
-        shown.append(f"reading {prompt} tokens ...")
-        print(shown[0], end="", file=sys.stderr, flush=True)
+    started, line = time.perf_counter(), f"reading {prompt} tokens ..."
+    say = partial(print, end="\r", file=sys.stderr, flush=True)
+    timer = Timer(1, say, [line])
+    timer.daemon = True
 
     def done() -> None:
+        if timer.finished.is_set():
+            say(" " * len(line))
         timer.cancel()
-        if shown:
-            print("\r" + " " * len(shown.pop()), end="\r", file=sys.stderr, flush=True)
 
     def noting(*context: Any) -> SimpleNamespace:
         drafter = make(*context)
@@ -239,26 +232,26 @@ def reading(
 
         return SimpleNamespace(draft=draft, verified=drafter.verified)
 
-    timer = Timer(1, say)
-    timer.daemon = True
     if sys.stderr.isatty():
         timer.start()
     try:
         yield noting
     finally:
-        done()
+        if not into.prompt:
+            done()
 
 
 def until(rounds: Iterator[Round], stream: Stream) -> Iterator[Round]:
-    """Rounds up to the token that completes a stop of a new stream, where the last one is cut."""
+    """Rounds up to the token that completes a stop of a new stream: the last one is cut there."""
     for r in rounds:
-        for count, token in enumerate(r.emitted, 1):
-            stream.feed([token])
-            if stream.stopped:
-                logits = None if r.logits is None else r.logits[:count]
-                yield replace(r, emitted=r.emitted[:count], logits=logits)
-                return
-        yield r
+        fed = 0
+        while fed < len(r.emitted) and not stream.stopped:
+            stream.feed([r.emitted[fed]])
+            fed += 1
+        logits = None if r.logits is None else r.logits[:fed]
+        yield replace(r, emitted=r.emitted[:fed], logits=logits)
+        if stream.stopped:
+            return
 
 
 def comparison(result: Totals, full: Totals) -> str:

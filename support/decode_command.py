@@ -37,8 +37,8 @@ EXAMPLES = """examples:
   python decode.py --compare
   python decode.py --ckpt DIR --exit 8 --draft 6 --prompt "def quicksort(\""""
 
-
-HINT, ENOUGH = "this checkpoint's exits seem untrained: try --drafter lookup or --full", 40
+HINT = "this checkpoint's exits seem untrained: try --drafter lookup or --full"
+ENOUGH = 40  # guesses, to say so
 
 
 def parser() -> argparse.ArgumentParser:
@@ -145,7 +145,7 @@ class Session:
         if args.exit == "auto":
             from extras.lens import choose_exit
 
-            ids = self.encode(text)[: model.config.max_len - 1]  # too long: refused when its turn
+            ids = self.encode(text)[: model.config.max_len - 1]  # too many are refused later
             settings |= self.agreed(choose_exit(model, ids, settings | given))
         elif args.exit is not None:
             if args.exit not in map(str, range(1, last + 1)):
@@ -207,20 +207,20 @@ class Session:
         finally:  # Ctrl-C leaves the line whole, and the statistics
             if show and result.rounds:
                 show.finish()
-                print(f"\n{result.reading_summary()}{result.summary()}", end="", file=sys.stderr)
-                print(f" | {self.how()}", file=sys.stderr)
+                print(f"\n{result.summary()} | {self.how()}", file=sys.stderr)
             if self.chat and args.interactive and result.rounds:
                 self.chat.keep(text, self.text_of(ids, result.ids))
         plain = Totals()
         if args.compare:
-            collect(self.run(ids, full=True, into=plain), into=plain, keep_logits=True)
+            collect(self.run(ids, True, plain), into=plain, keep_logits=True)
         if args.json:
             print(json.dumps(self.as_json(result, text, ids, plain)), flush=True)
             return
         if args.compare:
-            print(f"full model: {plain.summary()}\n{comparison(result, plain)}", file=sys.stderr)
-        exit_alone = not self.settings.get("drafter")
-        if exit_alone and result.drafted >= ENOUGH and (result.acceptance or 0) < 0.1:
+            print(f"full model: {plain.summary().splitlines()[-1]}", file=sys.stderr)
+            print(comparison(result, plain), file=sys.stderr)
+        wrong = result.drafted >= ENOUGH and (result.acceptance or 0) < 0.1
+        if wrong and not self.settings.get("drafter"):
             print(HINT, file=sys.stderr)
 
     def text_of(self, ids: list[int], new: list[int]) -> str:
@@ -246,7 +246,7 @@ class Session:
         about = {**settings, "drafter": args.drafter, "sampling": asdict(settings["sampling"])}
         about |= dict(ckpt=str(args.ckpt), prompt=text, prompt_ids=ids, exact=not args.no_exact)
         about |= dict(dtype=str(self.model.dtype)[6:], device=str(self.model.device))
-        about |= dict(stop=args.stop)
+        about["stop"] = args.stop
         names = "drafted", "accepted", "emitted"
         found = dict(
             text=self.text_of(ids, result.ids),

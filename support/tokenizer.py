@@ -272,15 +272,13 @@ class Stream:
         return self._before_stop(self._give(self.tokenizer.decode(self.window)), last=True)
 
     def _before_stop(self, new: str, last: bool = False) -> str:
-        text, self.held = "" if self.stopped else self.held + new, ""
-        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops]
-        if found := [end for end in ends if end[1] >= 0]:
-            self.stopped = True
-            return text[: min(found)[1]]
+        text = "" if self.stopped else self.held + new
         starts = (stop[:size] for stop in self.stops for size in range(1, len(stop)))
         held = 0 if last else max(map(len, filter(text.endswith, starts)), default=0)
-        text, self.held = text[: len(text) - held], text[len(text) - held :]
-        return text
+        given, self.held = text[: len(text) - held], text[len(text) - held :]
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        self.stopped = self.stopped or bool(found)
+        return text[: min(found)[1]] if found else given
 
     def _give(self, text: str) -> str:
         shared = sum(takewhile(bool, map(eq, text, self.given)))

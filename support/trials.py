@@ -61,9 +61,10 @@ def loud_attention(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (rows, H, hd), k and v (1, Hkv, view, hd) whose scores and mixed values are errors alone.
+    """q (rows, H, hd), k and v (1, Hkv, view, hd) whose scores are rounding errors, near 1.
 
-    heads is (H, Hkv, hd).
+    So all positions weigh nearly the same, and the mixed values nearly cancel. heads is
+    (H, Hkv, hd).
     """
     generator, size = torch.Generator().manual_seed(view), heads[2]
     loud = 0.1 / torch.finfo(torch.promote_types(dtype, torch.float32)).eps  # errors near 1
@@ -71,6 +72,5 @@ def loud_attention(
     q = loud * paired((rows, heads[0]), 1, dims, generator)
     k = paired((1, heads[1], view), -1, dims, generator)
     v = paired((1, heads[1], size), -1, places, generator).transpose(2, 3)
-    k[:, :, places[view // 2 :]] = k[:, :, places[: view // 2]]  # so v's pairs weigh the same
     q, k, v = (x.to(device, dtype).contiguous() for x in (q, k, v))
     return q, k, v

@@ -79,6 +79,21 @@ def tiny_model(
     return model.to(dtype).eval()
 
 
+def corpus(path: Path) -> Path:
+    """A folder of text for training, made in path."""
+    folder = path / "corpus"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number}.py").write_text("def f(x):\n    return x + 1\n\n\n" * 20)
+    return folder
+
+
+def write_rows(file: Path, rows: Iterable[dict]) -> Path:
+    """JSON Lines."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 def random_adapter(model: Llama, exit_layer: int = 2) -> Adapter:
     """An adapter of Kangaroo that was not trained."""
     torch.manual_seed(1)
