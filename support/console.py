@@ -89,7 +89,10 @@ def usable_device(name: str) -> torch.device:
 
 
 def load(
-    ckpt: Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto"
+    ckpt: Path,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "auto",
+    read: Callable[..., Llama] = load_checkpoint,
 ) -> tuple[Llama, Tokenizer]:
     """The model and the tokenizer of a checkpoint. Raises CheckpointError where one is missing.
 
@@ -107,8 +110,7 @@ def load(
         for name in ("tokenizer.json", "tokenizer.model"):
             refuse_stand_in(ckpt / name)
         raise
-    model = load_checkpoint(ckpt, dtype, device)
-    return model, tokenizer
+    return read(ckpt, dtype, device), tokenizer
 
 
 def default_settings(ckpt: Path, config: Config, tokenizer: Tokenizer) -> dict:

@@ -2,15 +2,19 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from decode import EarlyExit, NoDraft, Round, Sampling, generate
 from exact import pack
 from extras.drafters import FORMS, parse_drafter
+from model import load_checkpoint
 from support.console import (
     DEFAULT_CKPT,
     DEFAULT_PROMPT,
@@ -97,12 +101,21 @@ def parser() -> argparse.ArgumentParser:
 class Session:
     """What the options ask for, ready to answer. Raises ValueError on what cannot run."""
 
-    def __init__(self, args: argparse.Namespace, text: str):
-        """`text` is the prompt, or the first one, which --exit auto reads."""
-        self.args = args
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        text: str,
+        read: Callable = load_checkpoint,
+        agreed: Callable = lambda value: value,
+    ):
+        """`text` is the prompt, or the first one, which --exit auto reads.
+
+        agreed(value) is the first process's value where `read` loads a part of the model.
+        """
+        self.args, self.agreed = args, agreed
         if "" in args.stop:
             raise ValueError("--stop needs a text, not an empty one")
-        self.model, self.tokenizer = load(args.ckpt, args.dtype, args.device)
+        self.model, self.tokenizer = load(args.ckpt, args.dtype, args.device, read)
         self.encode: Callable[[str], list[int]] = self.tokenizer.encode
         self.chat = None
         if args.system is not None and not args.chat:
@@ -114,6 +127,8 @@ class Session:
             room = context - min(args.max_new_tokens, context // 2)
             self.chat = Chat(args.ckpt, self.tokenizer, args.system, room)
             self.encode = self.chat.ask
+        encode = self.encode
+        self.encode = lambda text: agreed(encode(text))  # a chat template may tell the time
         self.settings = self.settings_of(text)
         self.prepare_model()
 
@@ -131,7 +146,7 @@ class Session:
             from extras.lens import choose_exit
 
             ids = self.encode(text)[: model.config.max_len - 1]  # too many are refused later
-            settings |= choose_exit(model, ids, settings | given)
+            settings |= self.agreed(choose_exit(model, ids, settings | given))
         elif args.exit is not None:
             if args.exit not in map(str, range(1, last + 1)):
                 text = f"exit layer must be from 1 to {last}, or auto"
@@ -293,14 +308,19 @@ def main() -> None:
     if args.stdin not in (None, "-"):
         options.error(f"{args.stdin!r:.80} belongs to no option: text goes after --prompt")
     code = 0
-    with command_errors("decode.py"):
+    several: Any = nullcontext(())
+    if "RANK" in os.environ:  # torchrun's
+        from extras.parallel import processes
+
+        several = processes(args)
+    with command_errors("decode.py"), several as own:
         if sys.stdout is None or (sys.stdin is None and (args.stdin or args.interactive)):
             raise ValueError("standard input or output is closed")
         given = args.prompt.encode(errors="surrogateescape")
         prompts = [prompt_text(sys.stdin.buffer.read() if args.stdin else given)]
         if args.prompts_file:
             prompts = [row["prompt"] for row in read_prompts(args.prompts_file)]
-        session = Session(args, "" if args.interactive else prompts[0])
+        session = Session(args, "" if args.interactive else prompts[0], *own)
         if args.interactive:
             session.interact()
         elif args.prompts_file:
