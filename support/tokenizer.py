@@ -109,9 +109,11 @@ def added_tokens(config: dict, ids: dict, named: Iterable[str]) -> dict[str, dic
     found: dict = {}
     for i, text, how in sorted(listed, key=lambda token: token[0]):  # the first id, the last flags
         found[text] = how | {"id": found.get(text, {}).get("id", i)}
-    more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    for text in (*named, *(t["content"] if isinstance(t, dict) else t for t in more)):
-        found.setdefault(text, {})["special"] = True
+    for text in named:
+        found.setdefault(text, {}).update(special=True, named="added_tokens_decoder" not in config)
+    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    for text in (t["content"] if isinstance(t, dict) else t for t in more):
+        found.setdefault(text, {"special": True})
     return {text: how for text, how in found.items() if isinstance(text, str) and text}
 
 
@@ -188,11 +190,13 @@ class JsonFile:
             self.model = model = Tokenizer.from_file(str(path))
             model.no_truncation()
             model.no_padding()
-            own = {token.content for token in model.get_added_tokens_decoder().values()}
+            own = {token.content: token for token in model.get_added_tokens_decoder().values()}
             for text, how in sorted(added.items(), key=lambda item: item[1].get("id", 1 << 30)):
-                told = {k: how[k] for k in FLAGS & how.keys()}
-                if text not in own or "content" in how:  # of a table, whose flags count
-                    model.add_tokens([AddedToken(text, **told)])
+                token = AddedToken(text, **{k: how[k] for k in FLAGS & how.keys()})
+                if text in own and "content" not in how:  # not in the table, whose flags count
+                    token = own[text]
+                    token.special |= how.get("named", False)
+                model.add_tokens([token])
             self.ids = model.get_vocab()
             tried = (model.encode(text) for text in ("a", *self.ids))
             found = next((e for e in tried if 0 in e.sequence_ids), model.encode(""))

@@ -132,7 +132,8 @@ def theirs_of(path: Path, messages: list) -> dict:
         logits = read(INPUT % read.config.vocab_size).logits
         if logits.isfinite().all() and not about["missing_keys"] | about["mismatched_keys"]:
             found["logits"], ends = logits, read.generation_config.eos_token_id
-            ends = {t for t in (ends if isinstance(ends, list) else [ends]) if type(t) is int}
+            ends, vocab = ends if isinstance(ends, list) else [ends], logits.shape[2]
+            ends = {t for t in ends if type(t) in (int, float) and 0 <= t < vocab}
             found.update(dict(eos=ends) if ends else {})
 
     def tokenizer() -> None:

@@ -254,6 +254,17 @@ def test_flags_in_tokenizer_config_count(tmp_path, write, flag, text, plain, fla
         assert tokenizer.decode(tokenizer.file.parse(text)) == wanted
 
 
+def test_a_token_that_a_name_calls_special_is_special(tmp_path):
+    """A tokenizer.json may have it as an ordinary one, which would be printed."""
+    write_json(tmp_path, "<a>")
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"special": true', '"special": false'))
+    assert "<a>" not in Tokenizer(tmp_path).special
+    config(tmp_path, eos_token="<a>")
+    tokenizer = Tokenizer(tmp_path)
+    assert "<a>" in tokenizer.special and tokenizer.decode([71, 256]) == "h"
+
+
 def test_a_token_that_is_listed_twice_has_its_first_id(tmp_path):
     write_pieces(tmp_path)
     config(tmp_path, added_tokens_decoder=decoder_of("<a>", "<b>", "<a>", first=300))
