@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import config_option, tiny_config, tiny_model, write_rows
+from helpers import SMALL, config_option, tiny_config, tiny_model, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +23,6 @@ from support.runs import RunDirectory
 from support.tokenizer import Tokenizer
 from train import LAYERSKIP, RECIPES, Recipe
 
-SMALL = dict(n_layers=3, dim=32, hidden_dim=48, n_heads=2, n_kv_heads=1, head_dim=16)
 SHAPE = config_option(**SMALL, vocab_size=400)
 
 
