@@ -530,13 +530,16 @@ class Batch:
         now = {x["sequence"]: x["slots"] for x in step if "slots" in x}
         for name, other in (self.tables | now).items():
             case = self.cases[name]
-            for q, p in ((q, table.index(slot)) for q, slot in enumerate(other) if slot in table):
+            for q, slot in enumerate(other):
+                if slot not in table or name == own.name:
+                    continue
+                p = table.index(slot)
                 same = p == q and own.tokens[: p + 1] == case.tokens[: p + 1]
                 live = p < min(len(own.tokens), len(case.tokens)) - 1
-                if name == own.name or (live and same):
+                if live and same:
                     continue
                 kept = q < len(self.tables.get(name, []))  # live since the step before, or longer
-                text, rule = f"slot {table[p]}, of position {q} of {name}", "13.4" if kept else "13.1"
+                rule, text = "13.4" if kept else "13.1", f"slot {slot}, of position {q} of {name}"
                 if table[0] == other[0]:  # meant as a shared prefix
                     rule = "13.5" if same else "13.1"
                     text += "" if same else ", after other tokens (or was it freed too early? 13.4)"
