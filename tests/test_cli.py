@@ -322,7 +322,7 @@ def test_a_file_of_prompts_is_answered_but_for_what_cannot_run(cli, prompts, how
     run, found = (cli("--prompts-file", str(prompts), *options, *x) for x in ([], ["--json"]))
     assert (run.code, run.out) == (2, "".join(one.out for one in alone))
     (refused,) = [line for line in run.err.splitlines() if line.startswith("decode.py: ")]
-    assert refused.startswith("decode.py: prompt 2: a prompt of") and run.err.count("3:") == 1
+    assert refused.startswith("decode.py: prompt 2: a prompt of") and "\nprompt 3 of 3:" in run.err
     assert run.err.count("\nidentical to the full model") == 2 * ("--compare" in how)
     lines = [json.loads(line) for line in found.out.splitlines()]
     assert [line["settings"]["prompt"] for line in lines] == [PROMPT, "return x"]
@@ -416,6 +416,24 @@ def test_an_interrupt_shows_what_was_done_and_claims_nothing(cli, monkeypatch, h
     else:
         assert run.out == "" or run.out.endswith("\n")
         assert (run.out != "") == ("tokens/s" in run.err) == (after > 0 if not how else after > 32)
+
+
+@pytest.mark.parametrize("after", [0, 20, 35, 65])
+def test_an_interrupt_ends_an_answer_and_not_the_conversation(cli, monkeypatch, after):
+    """In the warm-up, drafted and full, in the answer and in the comparison."""
+    count, real = [0], decode_command.generate
+
+    def interrupted(*args, **settings):
+        for r in real(*args, **settings):
+            count[0] += 1
+            if count[0] == after + 1:
+                raise KeyboardInterrupt
+            yield r
+
+    monkeypatch.setattr(decode_command, "generate", interrupted)
+    how = ["--interactive", "--compare", "--exit", "1", "--draft", "1", *SHORT[2:]]
+    run = cli(*how, stdin=f"{PROMPT}\n{PROMPT}\n".encode())
+    assert run.code == 0 and run.err.count("identical to the full model (30") == 1
 
 
 def test_an_interrupt_at_the_prompt_is_quiet(cli):
@@ -673,6 +691,11 @@ def test_a_chat_keeps_what_was_said_and_ends_with_the_template(cli, ckpt, tmp_pa
     assert second["settings"]["prompt_ids"] == turn("f(x)") + turn(first["text"]) + turn("x")
     again = cli(*chat, "--prompt", "f(x)", on=tmp_path)
     assert json.loads(again.out)["ids"] == first["ids"]
+    # What was shown is kept, without the stop and what follows it.
+    run = cli(*chat, "--interactive", "--stop", first["text"][3], stdin=b"f(x)\nx\n", on=tmp_path)
+    shown, second = map(json.loads, run.out.splitlines())
+    assert len(shown["text"]) < 4 and first["text"].startswith(shown["text"])
+    assert second["settings"]["prompt_ids"] == turn("f(x)") + turn(shown["text"]) + turn("x")
 
 
 def test_a_chat_needs_a_template(cli):
