@@ -2,14 +2,17 @@
 
     torchrun --nproc-per-node 2 tests/several.py                       random models, both layouts
     torchrun --nproc-per-node 3 tests/several.py --ckpt checkpoints/smollm2 --turns 25
+    torchrun --nproc-per-node 2 tests/several.py --memory      of each process, on the 1B shape
 
 A turn decodes a prompt plainly and with each drafter, greedy and sampled, in float32 and bfloat16;
 of random models, a new one every turn. Prints the number of mismatches, tokens whose id or logits
 differ from plain decoding's or between the processes, and how far the logits are from the whole
-model's in one process; exit code 1 beyond its rounding.
+model's in one process; exit code 1 beyond its rounding. --memory: exit code 1 where a process
+loads, packs and decodes in more than 1.15 times its share of weights, cache and largest tensor.
 """
 
 import argparse
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -24,12 +27,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from helpers import DRAFTERS, decode, differences, tiny_config, tiny_model
+from load_1b import write_random
 from test_loading import meta_config, write_meta
 
+from bench.common import SHAPES
 from bench.tasks import held_out_prompts
-from decode import Sampling
+from decode import Sampling, generate
 from exact import MAX_ROWS, pack
-from extras.parallel import load_part, processes
+from extras.parallel import agreed, load_part, processes
 from model import Llama, load_checkpoint, save_checkpoint
 from support.console import command_errors
 from support.tokenizer import Tokenizer
@@ -85,6 +90,33 @@ def load(read: Callable, path: Path, dtype: torch.dtype) -> Llama:
     return read(path, dtype)
 
 
+def resident(what: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most since the last reset."""
+    found = re.search(what + r":\s+(\d+)", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1]) if found else 0
+
+
+def memory(folder: Path) -> float:
+    """The most memory of this process, beyond what it had before, relative to its share."""
+    path = agreed(folder)
+    if dist.get_rank() == 0:
+        write_random(path, SHAPES["1b"])
+    dist.barrier()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    part = load_part(path)
+    c, sizes = part.config, [p.nbytes for p in part.parameters()]
+    weights = sum(sizes) + part.lm_head.weight.nbytes  # packed, a tied head is there twice
+    for _ in generate(pack(part), [1] * 2000, exit_layer=4, max_new_tokens=48):
+        pass
+    cache = 2 * c.n_layers * 2048 * c.n_kv_heads * c.head_dim * part.dtype.itemsize
+    peak, share = resident("VmHWM") - before, weights + cache + max(sizes)
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, peak / share)
+    print(f"{share / 1e9:.2f} GB a process; at most {max(found):.2f} times that", flush=True)
+    return max(found)
+
+
 def main() -> None:
     about = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p = argparse.ArgumentParser(prog="several.py", **about)
@@ -92,9 +124,12 @@ def main() -> None:
     p.add_argument("--turns", type=int, default=100)
     p.add_argument("--tokens", type=int, default=30, help="of a run")
     p.add_argument("--device", default="cpu")
+    p.add_argument("--memory", action="store_true")
     args = p.parse_args()
     total: Counter = Counter()
     with command_errors(p.prog), processes(args), tempfile.TemporaryDirectory() as folder:
+        if args.memory:
+            raise SystemExit(memory(Path(folder)) > 1.15)
         count, random = dist.get_world_size(), np.random.default_rng(0)
         prompts = args.ckpt and held_out_prompts(40, Tokenizer(args.ckpt), 24)
         for number in range(args.turns):
