@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -27,10 +28,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from helpers import DRAFTERS, decode, differences, tiny_config, tiny_model
-from load_1b import write_random
 from test_loading import meta_config, write_meta
 
-from bench.common import SHAPES
+from bench.common import SHAPES, random_model
 from bench.tasks import held_out_prompts
 from decode import Sampling, generate
 from exact import MAX_ROWS, pack
@@ -59,9 +59,11 @@ def error(logits: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def turn(path: Path, prompt: list[int], number: int, tokens: int, dtype: torch.dtype) -> Counter:
+def turn(
+    path: Path, prompt: list[int], number: int, tokens: int, dtype: torch.dtype, device: Any = "cpu"
+) -> Counter:
     """Totals of the runs after one prompt, in one type."""
-    part, total = pack(load(load_part, path, dtype)), Counter()
+    part, total = pack(load(load_part, path, dtype, device)), Counter()
     for temperature in (0.0, 0.9):
         how: dict = dict(max_new_tokens=tokens, sampling=Sampling(temperature, seed=number))
         plain = decode(part, prompt, **how)
@@ -72,12 +74,13 @@ def turn(path: Path, prompt: list[int], number: int, tokens: int, dtype: torch.d
             total["accepted"] += sum(r.accepted for r in text.rounds)
             total["mismatches"] += differences(text, plain)
         said: list = [None] * dist.get_world_size()
-        dist.all_gather_object(said, plain)
-        total["mismatches"] += sum(differences(one, plain) for one in said)
+        here = plain._replace(logits=plain.logits.cpu(), rounds=[])
+        dist.all_gather_object(said, here)
+        total["mismatches"] += sum(differences(one, here) for one in said)
         if dist.get_rank() == 0:
-            known = torch.tensor([[*prompt, *plain.ids[:-1]]])
+            known = torch.tensor([[*prompt, *plain.ids[:-1]]], device=device)
             alone, truth = (
-                load(load_checkpoint, path, t)(known)[0, len(prompt) - 1 :].double()
+                load(load_checkpoint, path, t, device)(known)[0, len(prompt) - 1 :].double()
                 for t in (dtype, torch.float64)
             )
             total["beyond rounding"] += error(plain.logits, truth) > 4 * error(alone, truth) + 1e-6
@@ -85,9 +88,9 @@ def turn(path: Path, prompt: list[int], number: int, tokens: int, dtype: torch.d
 
 
 @cache
-def load(read: Callable, path: Path, dtype: torch.dtype) -> Llama:
-    """The checkpoint as `read` gives it."""
-    return read(path, dtype)
+def load(read: Callable[..., Llama], *what: Any) -> Llama:
+    """read(*what), once."""
+    return read(*what)
 
 
 def resident(what: str) -> int:
@@ -100,7 +103,7 @@ def memory(folder: Path) -> float:
     """The most memory of this process, beyond what it had before, relative to its share."""
     path = agreed(folder)
     if dist.get_rank() == 0:
-        write_random(path, SHAPES["1b"])
+        save_checkpoint(random_model(SHAPES["1b"], torch.bfloat16, torch.device("cpu")), path)
     dist.barrier()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
@@ -140,7 +143,7 @@ def main() -> None:
                 path, prompt = Path(folder) / str(number), random.integers(61, size=9).tolist()
                 random_checkpoint(path, number, count)
             for dtype in DTYPES:
-                total += turn(path, prompt, number, args.tokens, dtype)
+                total += turn(path, prompt, number, args.tokens, dtype, args.device)
             print(f"\r{number + 1} of {args.turns}", end="", file=sys.stderr, flush=True)
         runs = 2 * len(DTYPES) * args.turns
         print(
