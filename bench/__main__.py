@@ -1,7 +1,9 @@
 """Measurements: medians of alternating turns, for an idle machine. COMMAND --help says more."""
 
 import argparse
+import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from bench.decoding import drafters, speedup, sweep
 from bench.engine import ideal, roofline
 from bench.peers import peers, train
 from exact import auto_dtype
+from extras.parallel import processes
 from support.console import DEFAULT_CKPT, DTYPES, command_errors, usable_device
 
 FLAG: dict = dict(action="store_true", default=False)
@@ -86,7 +89,10 @@ def machine(device: torch.device) -> str:
 
 def main() -> None:
     args = parser().parse_args()
-    with command_errors("bench"):
+    several: AbstractContextManager = nullcontext()
+    if "RANK" in os.environ:  # torchrun's
+        several = processes(args)
+    with command_errors("bench"), several:
         if min(args.prompts, args.tokens, args.runs, *args.exits) < 1:
             raise ValueError("--prompts, --tokens, --runs and --exits must be at least 1")
         if args.chat > bool(args.prompts_file) or (args.prompts_file and args.task != "code"):

@@ -9,12 +9,14 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from bench import tasks
 from decode import check_request, generate
 from exact import pack
 from extras.chat import Chat
 from extras.compiled import compile_model
+from extras.parallel import PartOfLlama, load_part
 from model import Config, Llama, load_checkpoint
 from support.checkpoint import read_checkpoint
 from support.console import Totals, collect, default_settings
@@ -37,14 +39,15 @@ def target(args: Namespace, part: int = 0) -> Namespace:
     --prompts-file, texts end at an EOS. Random weights are never sure: no confidence. Raises
     ValueError for settings that cannot be.
     """
-    eos = ()
+    eos, several = (), dist.is_initialized()  # processes of torchrun
     if args.shape:
-        config, load = SHAPES[args.shape], partial(random_model, SHAPES[args.shape])
+        config = SHAPES[args.shape]
+        load = partial(random_model, config, kind=PartOfLlama if several else Llama)
         settings: dict = dict(exit_layer=config.n_layers // 4, draft_len=6, min_confidence=0.0)
         prompts = [[number, *range(63)] for number in range(args.prompts)]
     else:
         config, tokenizer = Config(**read_checkpoint(args.ckpt)[0]), Tokenizer(args.ckpt)
-        load = partial(load_checkpoint, args.ckpt)
+        load = partial(load_part if several else load_checkpoint, args.ckpt)
         settings = default_settings(args.ckpt, config, tokenizer)
         eos = settings.pop("eos") * bool(part or args.prompts_file)
         eos += Chat(args.ckpt, tokenizer).ends if args.chat else ()
@@ -66,10 +69,12 @@ def title(t: Namespace, *more: str) -> str:
     return ", ".join([t.name, str(t.dtype)[6:], drafts, size, *more])
 
 
-def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Llama:
+def random_model(
+    config: Config, dtype: torch.dtype, device: torch.device, kind: type[Llama] = Llama
+) -> Llama:
     """A Llama of random weights, made in place: memory holds them once."""
     with torch.device("meta"):
-        model = Llama(config)
+        model = kind(config)
     model = model.to(dtype).to_empty(device=device)
     if config.tied:
         model.lm_head.weight = model.embed_tokens.weight

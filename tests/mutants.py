@@ -23,6 +23,7 @@ BLOCKS = "exactness::attention_runs_blocks_within_a_view"
 MIXING = "exactness::attention_that_mixes_rows_is_padded"
 ANSWER = "drafters::a_wrong_answer_is_refused"
 OWN = "drafters::a_drafters_own_cache_follows_the_text"
+PARALLEL = "parallel::drafted_text_is_bitwise_plain_text[1]"
 CACHED = "model::decoding_over_the_cache_is_the_ports"
 FORWARD = "model::forward_is_the_ports"
 
@@ -107,6 +108,14 @@ MUTANTS = [
      "resume::ctrl_c_saves_and_the_run_goes_on"),
     ("a layer that all samples skip is trained", "train.py", "if used[l]:", "if True:",
      "train::a_layer_that_all_skip_does_not_run"),
+    ("each process adds its own part first", "extras/parallel.py", "total = parts[0].to(",
+     "total = part.to(", "parallel::parts_are_added_in_the_order_of_the_ranks"),
+    ("logits of one process", "extras/parallel.py", "parts = gathered(super().unembed(h))",
+     "parts = super().unembed(h).repeat(dist.get_world_size(), 1, 1)", PARALLEL),
+    ("tokens of other processes are embedded", "extras/parallel.py",
+     "added(h.masked_fill(elsewhere[..., None], 0))", "added(h)", PARALLEL),
+    ("a part of the next process", "support/checkpoint.py", "before = number * ",
+     "before = (number + 1) * ", "parallel::a_part_that_is_read_is_that_of_the_whole[4-1]"),
     ("a user's special tokens are special", "extras/chat.py",
      r'rf"{OPEN}\g<0>{CLOSE}"', r'r"\g<0>"',
      "chat_templates::special_tokens_come_from_the_template_alone"),

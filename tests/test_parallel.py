@@ -85,7 +85,7 @@ def compare(path: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1])  # Hugging Face's layout, Meta's in two shards
-def test_drafted_text_is_bitwise_plain_text_and_close_to_one_processs(tmp_path, number):
+def test_drafted_text_is_bitwise_plain_text(tmp_path, number):
     several.random_checkpoint(tmp_path / "model", number, 2)
     codes, (said, nothing) = ends(start(tmp_path, compare, tmp_path / "model", 2), tmp_path)
     assert codes == [0, 0] and nothing == "", said
