@@ -468,7 +468,10 @@ def test_a_damaged_file_is_one_line(trained, tmp_path, monkeypatch, capsys, name
     assert name in last or "choose another --out" in last
 
 
-@pytest.mark.parametrize("about", ["", "[]", '{"step": "1", "steps": 3, "settings": {}}'])
+STATES = ["", "[]", '{"step": "1", "settings": {}}', '{"step": 1, "settings": {"steps": 1e999}}']
+
+
+@pytest.mark.parametrize("about", STATES)
 def test_a_state_without_its_step_is_one_line(trained, tmp_path, monkeypatch, capsys, about):
     run = shutil.copytree(trained, tmp_path / "run")
     state = run / "state.safetensors"
