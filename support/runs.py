@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from support.checkpoint import advice, parse_object, read_json, whole_file
+from support.checkpoint import WRONG_KIND, advice, parse_object, read_json, whole_file
 from support.data import Render, Tokens, fingerprint, read_corpus, train_tokenizer, write_tokens
 from support.tokenizer import Tokenizer
 
@@ -151,7 +151,7 @@ class RunDirectory:
         path = self.out / self.state
         if not path.exists():
             return 0
-        wrong = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+        wrong = (OSError, *WRONG_KIND, AttributeError, RuntimeError)
         try:
             found = self.about(path)
             step = found["step"]
