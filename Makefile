@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo lint test parity mutants soak smollm2 real gpu clean
+.PHONY: demo lint test parity mutants soak smollm2 real lm-eval gpu clean
 
 demo: .venv/ready        ## a streamed completion, and the proof that it is the full model's, faster
 	$(RUN) decode.py --compare --temperature 0.8 --top-p 0.9
@@ -38,6 +38,10 @@ checkpoints/smollm2/model.safetensors: | .venv/ready
 real: smollm2            ## the real model against transformers, and every drafter on it
 	$(PIP) transformers==5.23.0
 	$(RUN) tests/real.py
+
+lm-eval: smollm2         ## evaluate: lm-eval's answers are transformers', of the real model; ROUGE
+	$(PIP) transformers==5.23.0 lm-eval==0.4.13 rouge-score==0.1.2
+	$(RUN) -m pytest -q tests/test_evaluate.py
 
 gpu: .venv/ready         ## the speed tables on a GPU, random weights of 1B and 8B shapes
 	$(RUN) -m bench speedup --device cuda

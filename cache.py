@@ -23,8 +23,8 @@ class KVQCache:
     """Keys and values (n_layers, n_kv_heads, max_len, head_dim), exit queries (draft_len + 1, dim).
 
     It knows nothing of tokens or models. `length` counts the positions whose keys and values are
-    live in every layer. `query_layer` says for each row of `queries` which layer it enters: 0 for
-    a row that this round has not drafted.
+    live in every layer. query_layer[i] is the layer that queries[i] enters; 0: not drafted in this
+    round.
 
     Bytes: 2 * n_layers * max_len * n_kv_heads * head_dim * itemsize + (draft_len + 1) * dim *
     itemsize.
@@ -67,7 +67,7 @@ class KVQCache:
         Rows beyond them stay dead: that is all a rejection does. Raises ValueError where they do
         not fit.
         """
-        if not 0 <= self.length + rows <= self.max_len:
+        if not 0 <= rows <= self.max_len - self.length:
             where = f"after {self.length} of {self.max_len} positions"
             raise ValueError(f"cannot commit {rows} rows {where}")
         self.length += rows

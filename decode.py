@@ -5,8 +5,9 @@ the cache:
 
     draft     row i = 0..d runs token t_i (t_0 = x_{n-1}) through layers [0, E), which leaves keys,
               values and an exit query q_i; t_{i+1} = pick(unembed(q_i), position n+i) for i < d
-    verify    q_0..q_d run through layers [E, L) in one pass;  v_i = pick(logits_i, position n+i)
-    accept    v_0..v_a are emitted, where a is the number of leading i with t_{i+1} == v_i
+    verify    q_0..q_d run through layers [E, L) in one pass: logits_0..logits_d
+    accept    v_i = pick(logits_i, position n+i) is emitted, up to the first v_i != t_{i+1}: a + 1
+              tokens, where a guesses were right
     commit    the cache keeps positions 0..n-1+a; what lies beyond is dead
 
 Plain decoding is the same round with d = 0 and E = 0. The emitted token is always the verifier's,
@@ -36,9 +37,9 @@ Pick = Callable[[Tensor, int], int]  # (logits (vocab,), position) -> token
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from logits. temperature 0 is greedy; top_k 0 and top_p 1 keep all.
+    """How a token is chosen. temperature 0 is greedy; top_k 0 and top_p 1 keep all.
 
-    Raises TypeError or ValueError on what is no such number or out of its range.
+    Raises TypeError or ValueError on what is out of its range.
     """
 
     temperature: float = 0.0
@@ -55,11 +56,12 @@ class Sampling:
 
 
 def in_range(name: str, value: Any, low: float, high: float) -> None:
-    """TypeError or ValueError where a setting is no number from low to high; whole if low is."""
+    """TypeError or ValueError unless value is a number from low to high, whole if low is."""
     whole = isinstance(low, int)
     strange = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
     if strange or not low <= value <= high:
-        text = f"{name} must be {'whole, ' * (strange and whole)}from {low} to {high}"
+        text = f"{name} must be {'whole, ' * (strange and whole)}from {low}"
+        text += f" to {high}" * (high < math.inf)
         raise (TypeError if strange else ValueError)(f"{text}, not {value!r:.40}")
 
 
@@ -92,7 +94,7 @@ def next_token(logits: Tensor, position: int, sampling: Sampling) -> int:
     2408.07978). Temperature 0: argmax(logits).
     """
     if sampling.temperature == 0:
-        return int(logits.max(-1).indices)  # as argmax: the first of equals. Faster in bfloat16
+        return int(logits.max(-1).indices)  # as argmax: first of equals; faster in bfloat16
     scaled = logits.double().cpu() / sampling.temperature
     scaled = keep_likely(scaled, sampling.top_k, sampling.top_p)
     return int((scaled + gumbel(sampling.seed, position, len(scaled))).argmax())
@@ -117,7 +119,7 @@ def draft(
     Leaves keys, values and exit queries of `token` and of every guess in the cache. So the last
     guess is run too, without unembedding: the verifier needs its exit query. Stops where the top
     probability is at or below min_confidence (Kangaroo, arXiv 2404.18911, section 3.2), and after
-    an EOS. Of a model only embed, run_layers and unembed are used.
+    an EOS.
     """
     guesses: list[int] = []
     for row in range(limit + 1):
@@ -138,8 +140,8 @@ def draft(
 def verify(model: Llama, cache: KVQCache, tokens: list[int], ran: int) -> Tensor:
     """The full model's logits (len(tokens), vocab) for tokens after the live positions: one pass.
 
-    Layers [ran, L) run on the exit queries that the draft left. With ran = 0 all layers run, on the
-    embedded tokens. Raises ValueError where a drafter's answer is no possible one.
+    Layers [ran, L) run on the draft's exit queries; `tokens` then only says how many. With ran = 0
+    all layers run, on the embedded tokens. Raises ValueError for a drafter's impossible answer.
     """
     rows, vocab = len(tokens), model.config.vocab_size
     room = min(len(cache.queries), cache.max_len - cache.length)
@@ -181,7 +183,8 @@ class NoDraft:
     def __init__(
         self, model: Llama, cache: KVQCache, min_confidence: float = 0.0, eos: Collection[int] = ()
     ):
-        self.model, self.cache, self.stop = model, cache, (min_confidence, eos)
+        self.model, self.cache = model, cache
+        self.stop = min_confidence, eos  # draft's last two arguments
 
     def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
         """At most `limit` guesses of what follows `tokens`, and the number of layers that ran.
@@ -192,7 +195,7 @@ class NoDraft:
         return [], 0
 
     def verified(self, tokens: list[int], emitted: list[int], logits: Tensor, pick: Pick) -> None:
-        """Hears what was emitted after `tokens`, and all rows of the verifier's logits."""
+        """Hears what was emitted after `tokens`, and all the verifier's logits."""
 
 
 class EarlyExit(NoDraft):
@@ -213,11 +216,11 @@ class EarlyExit(NoDraft):
 
 @dataclass
 class Round:
-    """What one round did. Tokens are ids."""
+    """What one round did."""
 
     drafted: list[int]
     emitted: list[int]  # the accepted tokens and, unless the text ended with them, one more
-    logits: Tensor | None  # (len(emitted), vocab): the full model's; None once let go
+    logits: Tensor | None  # (len(emitted), vocab): the full model's; None: dropped, to save memory
 
     @property
     def accepted(self) -> int:
@@ -251,7 +254,7 @@ def generate(
     tie. Raises ValueError or TypeError, at the first round, on what cannot run.
     """
     c, tokens, eos = model.config, prompt_ids, model.config.eos if eos is None else eos
-    check_request(c, tokens, exit_layer, draft_len, max_new_tokens, min_confidence, sampling, eos)
+    check_request(c, tokens, exit_layer, draft_len, max_new_tokens, min_confidence)
     tokens = list(tokens)
     end = min(len(tokens) + max_new_tokens, c.max_len)
     cache, pick = new_cache(model, end, draft_len), partial(next_token, sampling=sampling)
@@ -260,7 +263,7 @@ def generate(
 
     prefill(model, cache, tokens[:-1])
     while len(tokens) < end:
-        limit = min(draft_len, end - len(tokens) - 1)  # a round emits up to one token more
+        limit = min(draft_len, end - len(tokens) - 1)  # room for the verifier's own token
         guesses, ran = drafter.draft(tokens, limit, pick)  # layers [0, ran) have run
         logits = verify(model, cache, tokens[-1:] + guesses, ran)  # layers [ran, L), in one pass
         emitted = accept(guesses, logits, len(tokens), pick, eos)  # the verifier's tokens
@@ -286,18 +289,14 @@ def check_request(
     draft_len: int = 1,
     max_new_tokens: int = 1,
     min_confidence: float = 0.0,
-    sampling: Sampling = Sampling(),
-    eos: Collection[int] = (),
 ) -> None:
     """Raises TypeError or ValueError for settings of generate that cannot run."""
     in_range("exit layer", exit_layer, 0, c.n_layers - 1)
     in_range("draft length", draft_len, 1, MAX_ROWS - 1)
     in_range("number of new tokens", max_new_tokens, 1, math.inf)
     in_range("confidence", min_confidence, 0.0, 1 - 1e-9)
-    if not isinstance(sampling, Sampling) or not isinstance(eos, (tuple, list, set)):
-        raise TypeError("sampling must be a Sampling, eos a tuple of tokens")
     if not isinstance(prompt_ids, (list, tuple)) or not all(type(t) is int for t in prompt_ids):
-        raise TypeError("the prompt must be a list of ints; a tensor's .tolist() is one")
+        raise TypeError("the prompt must be a list of ints, such as tensor.tolist()")
     if not 0 < len(prompt_ids) < c.max_len:
         raise ValueError(f"a prompt of {len(prompt_ids)} tokens: give 1 to {c.max_len - 1}")
     if not all(0 <= token < c.vocab_size for token in prompt_ids):

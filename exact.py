@@ -7,15 +7,15 @@ many rows share its pass, nor on their content, nor on its place. Four things ma
 `pack` replaces the first three:
 
     matrix products      BLAS picks a kernel, and its order of summation, by the number of rows.
-                         RowLinear finds by trial which numbers of rows agree, and pads up to them.
+                         RowLinear pads to a number of rows that a trial found safe.
     attention            A fused kernel picks its blocks by the number of queries and of keys.
                          exact_attention looks at a view of the cache whose length the position
                          alone decides, and pads the queries where the trial says so.
     elementwise loops    A vector loop ends in a scalar tail, which may round otherwise: that of
                          exp does; +, *, / and sqrt cannot (IEEE 754 rounds them correctly).
-                         PackedNorm uses only these; row_silu gives each row a tail of its own.
-    sums over a row      PyTorch splits sums of 32,768 numbers and more between threads. No row
-                         of a Llama is as long; pack refuses one.
+                         PackedNorm has only these and a sum; row_silu gives each row a tail.
+    sums over a row      PyTorch splits sums of 32,768 numbers and more between threads. No
+                         Llama has such rows; pack refuses them.
 
 All this holds for passes of up to MAX_ROWS rows. Longer ones are prefill, which plain decoding and
 speculation run alike. For speed, `pack` also fuses q, k and v, and gate and up, into one product.
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from cache import KVQCache
 from model import MLP, Attention, Llama, RMSNorm, rotate, row_attention
+from support.trials import keeps_apart, loud_attention, safe_rows
 
 Product = Callable[[Tensor], Tensor]  # x (T, in) -> x W^T (T, out)
 
@@ -41,7 +42,7 @@ VIEW = 64  # attention looks at a multiple of so many positions
 
 def auto_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it, else float32."""
-    onednn = torch.backends.mkldnn.is_available()  # not in every build of PyTorch
+    onednn = torch.backends.mkldnn.is_available()
     if device.type == "cuda" or (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return torch.bfloat16
     return torch.float32
@@ -57,7 +58,7 @@ def pack(model: Llama) -> Llama:
         return model
     if model.config.dim >= 1 << 15:
         raise ValueError(f"rows of {model.config.dim} numbers cannot be exact: use --no-exact")
-    product = partial(RowLinear, {})
+    product = partial(RowLinear, {})  # {}: what trials found, for all layers
     for layer in model.layers:
         layer.self_attn = PackedAttention(layer.self_attn, product)
         layer.mlp = PackedMLP(layer.mlp, product, row_silu)
@@ -103,7 +104,7 @@ def batched_product(weight: Tensor) -> Product:
 class RowLinear:
     """x (T, in) -> (T, out): one or several linear layers of the same input, as one exact product.
 
-    min_rows is what safe_rows found, and `probed` keeps for weights of the same shape: 1, any pass
+    min_rows is what a trial found (kept in `probed` for weights of the same shape): 1, any pass
     will do; M, shorter passes are padded up to M rows; 0, each row runs alone.
     """
 
@@ -111,7 +112,7 @@ class RowLinear:
 
     def __init__(self, probed: dict, *layers: nn.Linear):
         weight = torch.cat([layer.weight.detach() for layer in layers])
-        ways: list[Callable[[Tensor], Product]] = [linear_product]  # in order of preference
+        ways: list = [linear_product]
         if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
             if weight.dtype == torch.float32 or weight.dtype == auto_dtype(weight.device):
                 ways = [packed_product]
@@ -120,7 +121,7 @@ class RowLinear:
         for way in ways:  # the first that needs no padding, or the last
             key = (way, weight.shape)
             if key not in probed:
-                probed[key] = safe_rows(way, weight)
+                probed[key] = safe_rows(way, weight, MAX_ROWS)
             self.min_rows = probed[key]
             if self.min_rows == 1:
                 break
@@ -128,54 +129,12 @@ class RowLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
-        if rows > MAX_ROWS or x.dim() > 2 or 0 < self.min_rows <= rows:
-            return self.product(x)
-        if self.min_rows == 0:  # each row alone; a clone is aligned in memory, a slice may not be
-            return torch.cat([self.product(row.clone()) for row in x.split(1)])
-        return self.product(F.pad(x, (0, 0, 0, self.min_rows - rows)))[:rows]
-
-
-def safe_rows(way: Callable[[Tensor], Product], weight: Tensor) -> int:
-    """The least of 1, 2, 4, 8, 16 such that way(weight) keeps so many rows and more apart; else 0.
-
-    weight (out, in). Found by trial on this machine: inputs are (x, x) and the weight's rows
-    (w, -w), so results are rounding errors. (A head, which is long, is tried as it is.)
-    """
-    out_features, in_features = weight.shape
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(in_features, generator=generator)
-    draw = lambda rows, sign: paired(rows, sign, order, generator).to(weight.device, weight.dtype)
-    product = way(weight if out_features > 1 << 14 else draw((out_features,), -1))
-    inputs = [draw((MAX_ROWS,), 1) for _ in range(1 + 64 // out_features)]  # narrow: more
-    for least in (1, 2, 4, 8, MAX_ROWS):
-        if all(keeps_apart(lambda rows: product(x[rows]), least, MAX_ROWS) for x in inputs):
-            return least
-    return 0
-
-
-def paired(shape: tuple[int, ...], sign: int, order: Tensor, generator: torch.Generator) -> Tensor:
-    """(x, sign x) for random x, in an order (n,): (*shape, n), float64.
-
-    A sum of products of such with sign 1 and -1 is 0, but for rounding errors. Those show any
-    other order of summation.
-    """
-    x = torch.randn(*shape, len(order) // 2, generator=generator, dtype=torch.float64)
-    return F.pad(torch.cat([x, sign * x], -1), (0, len(order) % 2))[..., order]
-
-
-def keeps_apart(operation: Callable[[Tensor], Tensor], least: int, most: int) -> bool:
-    """Whether rows have the same bits among `least` to `most` rows, at any place.
-
-    operation(numbers (T,)) is the result (T, ...) of a pass of the rows with these numbers.
-    """
-    numbers = torch.arange(most)
-    whole = operation(numbers)
-    for rows in range(most, least - 1, -1):
-        for by in (0, 1, 2, most // 2, most - 1):
-            some = numbers.roll(by)[:rows]
-            if not torch.equal(operation(some), whole[some]):
-                return False
-    return True
+        if x.dim() == 2 and rows <= MAX_ROWS:
+            if self.min_rows == 0:  # alone; a clone is aligned, a slice may not be
+                return torch.cat([self.product(row.clone()) for row in x.split(1)])
+            if rows < self.min_rows:
+                return self.product(F.pad(x, (0, 0, 0, self.min_rows - rows)))[:rows]
+        return self.product(x)
 
 
 # --------------------------------------
@@ -188,16 +147,15 @@ def view_len(end: int) -> int:
 
 
 def blocks(start: int, rows: int, width: int) -> Iterator[tuple[int, int, int]]:
-    """Cuts rows at positions start..start+rows-1 into blocks: (first, last, view).
-
-    A block has at most `width` rows, which all look at the same length of view.
+    """Cuts rows at positions start..start+rows-1 into blocks of rows [first, end): yields
+    (first, end, view). A block has at most `width` rows, which look at the same length of view.
     """
-    first, end = start, start + rows
-    while first < end:
-        view = view_len(first + 1)
-        last = min(first + width, view, end)
-        yield first - start, last - start, view
-        first = last
+    first = 0
+    while first < rows:
+        view = view_len(start + first + 1)
+        end = min(first + width, view - start, rows)
+        yield first, end, view
+        first = end
 
 
 def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -206,10 +164,10 @@ def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> 
     The rows and the G = H / Hkv heads of a group are together the queries of a key/value head, so
     the cache is read once for all. They are padded to the rows of mask (at least T, G, S).
     """
-    (rows, heads, size), (height, _, view) = q.shape, mask.shape
+    (rows, heads, size), height = q.shape, mask.shape[0]
     q = F.pad(q, (0, 0, 0, 0, 0, height - rows)).view(height, keys.shape[1], -1, size)
     q = q.transpose(0, 1).reshape(1, keys.shape[1], -1, size)  # (1, Hkv, height * G, hd)
-    mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.view(-1, view))
+    mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.flatten(0, 1))
     mixed = mixed.view(keys.shape[1], height, -1, size).transpose(0, 1)  # (height, Hkv, G, hd)
     return mixed.reshape(height, heads, size)[:rows]
 
@@ -217,7 +175,7 @@ def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> 
 def block_mask(positions: Tensor, view: int, group: int, pad_to: int, dtype: torch.dtype) -> Tensor:
     """0 where a row at one of `positions` (T,) sees a position of the view, else -inf.
 
-    (T or pad_to, group, view): for each head of a group. Rows that only pad see all.
+    (T or pad_to, group, view). Rows that only pad see all.
     """
     later = torch.arange(view, device=positions.device) > positions[:, None]  # (T, S)
     height = pad_to if pad_to > 1 else positions.shape[0]
@@ -227,29 +185,23 @@ def block_mask(positions: Tensor, view: int, group: int, pad_to: int, dtype: tor
 
 
 def safe_padding(model: Llama) -> int:
-    """To how many rows attention must pad to keep rows apart, by trial; 1: not at all.
+    """To how many rows attention must pad to keep rows apart, by trial. 1: not at all.
 
-    0 where no padding helps: each row runs alone. Scores and mixed values are rounding errors.
+    0 where no padding helps: each row runs alone.
     """
-    c, generator = model.config, torch.Generator().manual_seed(0)
-    size, group = c.head_dim, c.n_heads // c.n_kv_heads
-    loud = 0.1 / torch.finfo(torch.promote_types(model.dtype, torch.float32)).eps  # errors near 1
+    c = model.config
+    group, heads = c.n_heads // c.n_kv_heads, (c.n_heads, c.n_kv_heads, c.head_dim)
 
     def keeps(view: int, pad_to: int) -> bool:
-        dims, places = (torch.randperm(n, generator=generator) for n in (size, view))
-        q = loud * paired((BLOCK_ROWS, c.n_heads), 1, dims, generator)
-        k = paired((1, c.n_kv_heads, view), -1, dims, generator)
-        v = paired((1, c.n_kv_heads, size), -1, places, generator).transpose(2, 3)
-        k[:, :, places[view // 2 :]] = k[:, :, places[: view // 2]]  # so v's pairs weigh the same
-        q, k, v = (x.to(model.device, model.dtype).contiguous() for x in (q, k, v))
+        q, k, v = loud_attention(BLOCK_ROWS, view, heads, model.dtype, model.device)
 
         def attend(rows: Tensor) -> Tensor:
-            mask = block_mask(0 * rows.to(q.device) + view, view, group, pad_to, q.dtype)
-            return grouped_attention(q[rows], k, v, mask)
+            last = torch.full_like(rows, view - 1, device=q.device)  # all see all
+            return grouped_attention(q[rows], k, v, block_mask(last, view, group, pad_to, q.dtype))
 
         return keeps_apart(attend, 1, BLOCK_ROWS)
 
-    tries = (1, BLOCK_ROWS) if size >= 16 else (BLOCK_ROWS,)  # few numbers hide an order
+    tries = (1, BLOCK_ROWS) if c.head_dim >= 16 else (BLOCK_ROWS,)  # short sums hide their order
     for pad_to in tries:
         if all(keeps(view, pad_to) for view in range(VIEW, 17 * VIEW, 3 * VIEW)):
             return pad_to
@@ -261,7 +213,7 @@ def exact_attention(
 ) -> Callable[..., Tensor]:
     """model.row_attention, held to the bit: returns attend(layer, q, k, v).
 
-    Rows run in blocks, each over a view of its own. A longer pass is prefill, and runs whole.
+    Rows run in blocks, each over its own view. A longer pass is prefill, and runs whole.
     """
     if rows > MAX_ROWS:
         return row_attention(cache, start, rows)

@@ -28,6 +28,8 @@ from model import Llama
 from support.data import IGNORED, Tokens
 from support.runs import RunDirectory
 
+LOGITS = 1 << 25  # the most logits that live at once
+
 # --------------------------------------
 # The two schedules, and the recipes that are settings of them. l counts layers from 0 to L-1, t
 # counts steps from 0 to T-1.
@@ -49,7 +51,7 @@ class Recipe:
     rescale: bool = setting(False, "divide f_l by its keep probability")
     exits: str = setting("none", "exits that get a loss: none, all, lite, or layers such as 2,4,8")
     curriculum: str = setting("rotational", "C: what a step trains", "rotational", "gradual")
-    rotation: int = setting(0, "R: step t trains each R-th exit from number t mod R; 0: one a step")
+    rotation: int = setting(0, "R: step t trains the exits with number = t mod R; 0: one a step")
     e_scale: float = setting(1.0, "weight of the early exits against the last")
     uniform_exits: bool = setting(False, "e(l) = e_scale for each early exit, and 1 for the last")
 
@@ -113,7 +115,7 @@ def exit_weights(t: int, layers: int, steps: int, recipe: Recipe) -> dict[int, f
 
     LayerSkip, section 4.1.2: ẽ(t, l) = C(t, l) e(l) / sum_i C(t, i) e(i), where
     e(l) = e_scale sum_{i<=l} i below the last layer and e(L-1) = L-1 + e_scale sum_{i<=L-2} i.
-    The curriculum C is rotational (at step t the exits whose place in the list is t modulo R) or
+    The curriculum C is rotational (at step t the exits whose place equals t modulo R) or
     gradual (from the last layer down, one more every T / 2L steps). The last layer always has its
     loss.
     """
@@ -173,9 +175,6 @@ def run_with_dropout(
     return y if index is None else h.index_copy(0, index, y)
 
 
-LOGITS = 1 << 25  # the most logits that live at once
-
-
 class Objective(nn.Module):
     """A Llama whose forward pass is the loss: one module, so that PyTorch can shard it.
 
@@ -199,9 +198,9 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """J (), summed over the targets of tokens (B, T), and each exit's summed loss, (exits,).
 
-        mask (L, B): which samples run a layer. used (L,): the layers that any sample runs, of any
-        process: all gather a sharded layer, or none does. keep: 1 - p(l, t), or 1. weights: see
-        exit_weights.
+        mask (L, B): which samples run a layer; what skips one passes it unchanged. used (L,): the
+        layers that any process runs, since all gather a sharded layer together. keep: 1 - p(l, t),
+        or 1. weights: see exit_weights.
         """
         model, hidden = self.llama, {}
         cos, sin = model.rotary(0, tokens.shape[1])
@@ -243,7 +242,7 @@ def evaluate(
 ) -> dict[int, dict[str, float]]:
     """Held-out loss of each exit, and its agreement with the last's greedy token, on crops.
 
-    Where targets have a loss. `exits` are in order, the last layer among them.
+    Only targets with a loss count. `exits` are in order, the last layer among them.
     """
     sums = {exit: torch.zeros(2, device=model.device) for exit in exits}
     for step in range(batches):
@@ -299,7 +298,7 @@ class Settings:
 class Trainer:
     """Model, optimiser and step of one run. Raises ValueError on what cannot train.
 
-    `run` is the directory, and stands for the other processes where there are any.
+    `run` is its directory, and the link to other processes.
     """
 
     def __init__(
@@ -313,7 +312,7 @@ class Trainer:
         self.parameters = {name.removeprefix("llama."): p for name, p in named}
         groups: list[dict] = [{"params": [], "weight_decay": w} for w in (0.0, 0.1)]
         for p in self.parameters.values():
-            groups[p.dim() == 2]["params"].append(p)
+            groups[p.dim() == 2]["params"].append(p)  # matrices decay, norms do not
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
 
     def train_step(self) -> tuple[dict[int, float], float]:
@@ -334,11 +333,11 @@ class Trainer:
         sums = torch.zeros(len(weights), device=self.device)
         pieces = np.arange(s.batch).reshape(self.run.world, s.accumulate, -1)
         for number, own in enumerate(pieces[self.run.rank]):
-            used = mask[:, pieces[:, number].flatten()].any(1)
+            used = mask[:, pieces[:, number].flatten()].any(1)  # by any process's piece
             batch = tokens[own], targets[own], mask[:, own], used, keep, weights
             with torch.autocast(self.device.type, torch.bfloat16, enabled=s.bf16):
                 total, losses = self.objective(*batch)
-            (total * (self.run.world / counted)).backward()  # sharding takes the mean
+            (total * (self.run.world / counted)).backward()  # sharding averages: undone
             sums += losses
         sums = self.run.sum(sums)
 

@@ -13,10 +13,13 @@ from bench.peers import peers, train
 from exact import auto_dtype
 from support.console import DEFAULT_CKPT, DTYPES, command_errors, usable_device
 
+FLAG: dict = dict(action="store_true", default=False)
 OPTIONS: dict[str, dict] = {
     "ckpt": dict(type=Path, default=DEFAULT_CKPT),
     "shape": dict(choices=SHAPES, help="random weights of this shape, no checkpoint"),
     "prompts": dict(type=int, default=20),
+    "prompts-file": dict(type=Path, nargs="+", metavar="FILE", help="your own: .jsonl or a text"),
+    "chat": FLAG | dict(help="they are messages of a chat"),
     "task": dict(
         choices=["code", "edit", "chat"], default="code", help="edit and chat: of a chat model"
     ),
@@ -26,19 +29,27 @@ OPTIONS: dict[str, dict] = {
     "draft": dict(type=int, help="draft length, else the checkpoint's"),
     "confidence": dict(type=float, help="drafting stops there, else the checkpoint's"),
     "context": dict(type=int, help="live positions before a pass, else a prompt's"),
-    "exits": dict(type=int, nargs="+", default=[2, 3, 4, 6, 8]),
-    "drafts": dict(type=int, nargs="+", default=[2, 4, 6, 10, 15]),
+    "exits": dict(type=int, nargs="+", default=[2, 4, 6, 8]),
+    "drafts": dict(type=int, nargs="+", default=[2, 4, 8]),
+    "temperature": dict(type=float, default=0.0),
+    "csv": dict(type=Path, metavar="FILE", help="write the rows"),
+    "png": dict(type=Path, metavar="FILE", help="draw tokens/s over the exit"),
+    "write": FLAG | dict(help="keep the best in generation_config.json"),
     "drafter": dict(nargs="+", default=[], help="other drafters, as in decode.py"),
     "tries": dict(type=int, default=200, help="of the search for sublayers to skip"),
-    "compile": dict(action="store_true", default=False),
+    "compile": FLAG,
     "dtype": dict(choices=["auto", *DTYPES], default="auto"),
     "device": dict(default="cpu"),
 }
 DECODING = "prompts tokens runs confidence dtype device"
+OWN = f"{DECODING} prompts-file chat"
 COMMANDS: dict[Callable, tuple[str, dict]] = {  # options, and defaults of their own
-    speedup: (f"ckpt task {DECODING} exit draft drafter compile", {}),
-    sweep: (f"ckpt {DECODING} exits drafts", dict(prompts=5, runs=3)),
-    drafters: (f"ckpt task {DECODING} exit draft drafter tries compile", {}),
+    speedup: (f"ckpt task {OWN} exit draft drafter compile", {}),
+    sweep: (
+        f"ckpt {OWN} exits drafts temperature compile csv png write",
+        dict(prompts=5, tokens=32, runs=3),
+    ),
+    drafters: (f"ckpt task {OWN} exit draft drafter tries compile", {}),
     peers: (f"ckpt shape task context {DECODING} exit draft compile", {}),
     roofline: ("ckpt shape runs dtype device context exit draft compile", dict(runs=30)),
     ideal: (
@@ -76,8 +87,10 @@ def machine(device: torch.device) -> str:
 def main() -> None:
     args = parser().parse_args()
     with command_errors("bench"):
-        if min(args.prompts, args.tokens, args.runs) < 1:
-            raise ValueError("--prompts, --tokens and --runs must be at least 1")
+        if min(args.prompts, args.tokens, args.runs, *args.exits) < 1:
+            raise ValueError("--prompts, --tokens, --runs and --exits must be at least 1")
+        if args.chat > bool(args.prompts_file) or (args.prompts_file and args.task != "code"):
+            raise ValueError("--chat goes with --prompts-file, --task without")
         args.device = usable_device(args.device)
         args.dtype = DTYPES.get(args.dtype) or auto_dtype(args.device)
         tables = args.work(args)

@@ -13,6 +13,7 @@ import torch
 from bench import tasks
 from decode import check_request, generate
 from exact import pack
+from extras.chat import Chat
 from extras.compiled import compile_model
 from model import Config, Llama, load_checkpoint
 from support.checkpoint import read_checkpoint
@@ -30,11 +31,13 @@ Table = tuple[str, list[dict]]  # title, rows {column: value}
 
 
 def target(args: Namespace, part: int = 0) -> Namespace:
-    """The options, and the name, load(dtype), settings and prompts that they ask for.
+    """The options, and the config, load(dtype), settings, prompts and eos that they ask for.
 
-    Settings are chosen on held-out prompts of part 1 and shown on those of part 0. Random weights
-    are never sure: no confidence. Raises ValueError for settings that cannot be.
+    Settings are chosen on held-out prompts of part 1 and shown on those of part 0. Of part 1 and of
+    --prompts-file, texts end at an EOS. Random weights are never sure: no confidence. Raises
+    ValueError for settings that cannot be.
     """
+    eos = ()
     if args.shape:
         config, load = SHAPES[args.shape], partial(random_model, SHAPES[args.shape])
         settings: dict = dict(exit_layer=config.n_layers // 4, draft_len=6, min_confidence=0.0)
@@ -43,20 +46,24 @@ def target(args: Namespace, part: int = 0) -> Namespace:
         config, tokenizer = Config(**read_checkpoint(args.ckpt)[0]), Tokenizer(args.ckpt)
         load = partial(load_checkpoint, args.ckpt)
         settings = default_settings(args.ckpt, config, tokenizer)
-        settings.pop("eos")
+        eos = settings.pop("eos") * bool(part or args.prompts_file)
+        eos += Chat(args.ckpt, tokenizer).ends if args.chat else ()
         prompts = tasks.prompts(args, tokenizer, part)
     given = dict(exit_layer=args.exit, draft_len=args.draft, min_confidence=args.confidence)
     settings |= {name: value for name, value in given.items() if value is not None}
-    check_request(config, [0], settings["exit_layer"], settings["draft_len"], args.tokens)
-    more = dict(name=args.shape or args.ckpt.name, settings=settings, prompts=prompts)
+    for ids in prompts:
+        check_request(config, ids, settings["exit_layer"], settings["draft_len"], args.tokens)
+    more = dict(name=args.shape or args.ckpt.name, settings=settings, prompts=prompts, eos=eos)
     return Namespace(**vars(args) | more, load=partial(load, device=args.device))
 
 
 def title(t: Namespace, *more: str) -> str:
-    """What a table is of."""
-    drafts = "exit {exit_layer}, draft {draft_len}, confidence {min_confidence}"
-    size = f"{len(t.prompts)} prompts x {t.tokens} tokens, medians of {t.runs} turns"
-    return ", ".join([t.name, str(t.dtype)[6:], drafts.format(**t.settings), size, *more])
+    """What a table is of. Exit layer 0: of several."""
+    drafts = "exit {exit_layer}, draft {draft_len}, " * (t.settings["exit_layer"] > 0)
+    drafts = f"{drafts}confidence {{min_confidence}}".format(**t.settings)
+    tokens = f"{'up to ' * bool(t.eos)}{t.tokens} tokens"
+    size = f"{len(t.prompts)} prompts x {tokens}, medians of {t.runs} turns"
+    return ", ".join([t.name, str(t.dtype)[6:], drafts, size, *more])
 
 
 def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Llama:
@@ -82,7 +89,8 @@ def decode_all(model: Llama, prompts: list[list[int]], count: int, **settings: A
     total = Totals()
     for number, prompt in enumerate(prompts):
         own = {k: v[number] if isinstance(v, list) else v for k, v in settings.items()}
-        collect(generate(model, prompt, max_new_tokens=count, eos=(), **own), into=total)
+        own.setdefault("eos", ())
+        collect(generate(model, prompt, max_new_tokens=count, **own), into=total)
     return total
 
 

@@ -1,22 +1,35 @@
-"""Self-speculation against plain decoding: speedup, sweep, drafters."""
+"""Self-speculation against plain decoding: speedup, drafters, sweep."""
 
+import csv
+import os
 from argparse import Namespace
 from collections.abc import Iterable
+from copy import copy
 from functools import partial
-from itertools import product
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
 from statistics import median
+from typing import IO
 
 import torch
 
 from bench.common import Table, Works, compare, decode_all, engine, progress, target, title
-from decode import Sampling
+from decode import Sampling, check_request
 from exact import pack
+from extras.compiled import compile_model
 from extras.drafters import DRAFTERS, SkipLayers, parse_drafter, search_skips
 from extras.lens import choose_exit
+from extras.trace import wanted
+from support.checkpoint import read_json
+from support.runs import RunDirectory
+
+CONFIG = "generation_config.json"
+NOISE = "Within noise: in one turn or more as fast as the best. It takes 3 turns to tell."
 
 
 def drafted_table(t: Namespace, who: dict[str, dict], temperature: float = 0.0) -> Table:
-    """Plain decoding, and drafting with the settings of `who`.
+    """Plain decoding, and drafting with the settings of `who`, which may name a model of its own.
 
     Plain decoding is exact in --dtype, not exact, and exact in another type; with --compile, exact
     in --dtype, and compiled. Drafting is compiled then, and must write the compiled plain text.
@@ -29,11 +42,13 @@ def drafted_table(t: Namespace, who: dict[str, dict], temperature: float = 0.0) 
         other = torch.bfloat16 if t.dtype == torch.float32 else torch.float32
         models["plain, not exact"] = t.load(t.dtype)
         models[f"plain, {str(other)[6:]}"] = pack(t.load(other))
-    how: dict = dict(prompts=t.prompts, count=t.tokens, sampling=Sampling(temperature))
-    works: Works = {name: partial(decode_all, model, **how) for name, model in models.items()}
+    how: dict = dict(prompts=t.prompts, count=t.tokens, eos=t.eos, sampling=Sampling(temperature))
+    works: Works = {n: partial(decode_all, model=model, **how) for n, model in models.items()}
     works |= {name: partial(works[ours], **settings) for name, settings in who.items()}
     same = dict.fromkeys(who, ours)
-    return title(t, f"temperature {temperature}"), compare(works, t.runs, same)
+    about = [f"temperature {temperature}", *["compiled"] * t.compile]
+    about += [f"prompts of {file.name}" for file in t.prompts_file or ()]
+    return title(t, *about), compare(works, t.runs, same)
 
 
 def speedup(args: Namespace) -> list[Table]:
@@ -50,20 +65,6 @@ def named(t: Namespace, drafters: Iterable[str]) -> dict[str, dict]:
     """Settings of generate for drafters by name."""
     raw, base = t.load(t.dtype), t.settings
     return {who: base | parse_drafter(who, raw, base["exit_layer"]) for who in drafters}
-
-
-def sweep(args: Namespace) -> list[Table]:
-    """Every exit layer x draft length against the fastest plain decoding, the fastest first.
-
-    The prompts are not those of other commands: settings are not shown on what they were chosen on.
-    """
-    t = target(args, part=1)
-    who = {
-        f"--exit {e} --draft {d}": {**t.settings, "exit_layer": e, "draft_len": d}
-        for e, d in product(t.exits, t.drafts)
-    }
-    about, rows = drafted_table(t, who)
-    return [(about, sorted(rows, key=lambda row: -median(row["speedup"])))]
 
 
 def drafters(args: Namespace) -> list[Table]:
@@ -86,3 +87,98 @@ def drafters(args: Namespace) -> list[Table]:
     skip = dict(exit_layer=0, drafter=partial(SkipLayers, attention=attention, mlp=mlp))
     who[f"skip {len(attention)} attention, {len(mlp)} MLP"] = {**base, **skip}
     return [drafted_table(t, who, temperature) for temperature in (0.0, 0.8)]
+
+
+def sweep(args: Namespace) -> list[Table]:
+    """Every exit layer x draft length against the fastest plain decoding, the fastest first.
+
+    Built-in prompts are not those of other commands: settings are not shown on what they were
+    chosen on. Texts end at an EOS.
+    """
+    t = target(args, part=0 if args.prompts_file else 1)
+    cells = {f"--exit {e} --draft {d}": (e, d) for e in t.exits for d in t.drafts}
+    if t.png and not find_spec("matplotlib"):
+        raise ValueError("--png needs matplotlib")
+    if t.write:
+        kept(t.ckpt)
+        if not os.access(t.ckpt, os.W_OK):
+            raise ValueError(f"{t.ckpt} cannot be written")
+    with wanted(t.csv) as table, wanted(t.png) as picture:
+        raw, t.settings["exit_layer"] = t.load(t.dtype), 0  # plain: in the largest graphs
+        how, _ = (1, t.settings["min_confidence"]), Sampling(t.temperature)  # refused before work
+        for e, d in cells.values():
+            check_request(raw.config, [0], e, d, *how)
+        own = {e: dict(model=compile_model(copy(raw), e)) if t.compile else {} for e in t.exits}
+        who = {
+            name: t.settings | dict(exit_layer=e, draft_len=d) | own[e]
+            for name, (e, d) in cells.items()
+        }
+        about, rows = drafted_table(t, who, t.temperature)
+        rows = ranked(rows)
+        if table:
+            table.write(as_csv(rows, cells).encode())
+        if picture:
+            draw(picture, rows, cells, about)
+    return [("\n".join([about, NOISE, verdict(t, rows, cells)]), rows)]
+
+
+def ranked(rows: list[dict]) -> list[dict]:
+    """Rows by median speed, with the best and those within noise of it marked."""
+    rows = sorted(rows, key=lambda row: -median(row["tokens/s"]))
+    best = rows[0]["tokens/s"]
+    for row in rows:
+        near = len(best) < 3 or any(a >= b for a, b in zip(row["tokens/s"], best))
+        row["rank"] = "best" if row is rows[0] else "within noise" if near else None
+    return rows
+
+
+def kept(ckpt: Path) -> dict:
+    """A checkpoint's settings, {} without a file. Raises CheckpointError if it is damaged."""
+    return read_json(ckpt / CONFIG, float) if (ckpt / CONFIG).exists() else {}
+
+
+def verdict(t: Namespace, rows: list[dict], cells: dict) -> str:
+    """The winner in a sentence. With --write it goes into the checkpoint, if it drafts."""
+    best, confidence = rows[0]["way"], t.settings["min_confidence"]
+    if best not in cells:
+        return f"Plain decoding wins ({best})" + ": nothing was written" * t.write
+    text = f"Best: {best} --min-confidence {confidence}"
+    if any(row["rank"] for row in rows if row["way"] not in cells):
+        text += ", but plain decoding is within noise of it"
+    if not t.write:
+        return f"{text}. --write keeps it"
+    if any(row["identical"] is False for row in rows):
+        return text  # the command fails
+    names = "assistant_early_exit", "num_assistant_tokens", "assistant_confidence_threshold"
+    new = dict(zip(names, (*cells[best], confidence)))
+    RunDirectory(t.ckpt, None).write_json(CONFIG, kept(t.ckpt) | new)
+    return f"{text}. Written to {t.ckpt / CONFIG}"
+
+
+def as_csv(rows: list[dict], cells: dict) -> str:
+    """A line for each row, with medians. cells[way]: exit layer, draft length."""
+    lines, text = [["exit", "draft", *rows[0], "lowest", "highest"]], StringIO()
+    for row in rows:
+        values = (median(v) if isinstance(v, list) else v for v in row.values())
+        speeds, cell = row["tokens/s"], cells.get(row["way"], ("", ""))
+        lines.append([*cell, *values, min(speeds), max(speeds)])
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+def draw(file: IO[bytes], rows: list[dict], cells: dict, about: str) -> None:
+    """A PNG of tokens/s over the exit: a line for each draft length, plain decoding level."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((7, 4.5), layout="constrained")
+    axis, lines = figure.subplots(), dict[int, list]()
+    for row in rows:
+        e, d = cells.get(row["way"], (0, 0))
+        lines.setdefault(d, []).append((e, median(row["tokens/s"])))
+    axis.axhline(lines.pop(0)[0][1], color="black", linestyle="--", label="plain decoding")
+    for d, points in sorted(lines.items()):
+        axis.plot(*zip(*sorted(points)), marker=".", label=f"draft {d}")
+    axis.set(xlabel="exit", ylabel="tokens/s", xticks=[e for e, _ in points], ylim=(0, None))
+    figure.suptitle(about, fontsize="small", wrap=True)
+    axis.legend()
+    figure.savefig(file, dpi=110, format="png")

@@ -1,4 +1,4 @@
-"""What is decoded: held-out code, or of a chat model edits or answers. --task chooses."""
+"""What is decoded: held-out code, edits or answers of a chat model, or prompts from files."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import cycle
 
 from extras.chat import Chat
-from support.data import read_files, stdlib_files
+from support.data import read_files, read_prompts, stdlib_files
 from support.tokenizer import Tokenizer
 
 EDITS = (
@@ -77,12 +77,18 @@ def edits(count: int) -> list[str]:
 
 
 def prompts(args: Namespace, tokenizer: Tokenizer, part: int) -> list[list[int]]:
-    """Ids of --prompts prompts of --task, at most ten of chat. Part 1, to choose on, is code.
+    """Ids of --prompts prompts of --prompts-file or of --task, at most ten of chat.
 
-    Raises ValueError where the task is a conversation and the checkpoint has no chat template.
+    Part 1, to choose on, is code. Raises ValueError where a file holds no prompt, and where a
+    conversation has no chat template.
     """
-    if args.task == "code" or part:
+    ask: Callable[[str], list[int]] = tokenizer.encode
+    if args.prompts_file and not part:
+        texts = [row["prompt"] for file in args.prompts_file for row in read_prompts(file)]
+    elif args.task == "code" or part:
         return held_out_prompts(2 * args.prompts, tokenizer, 64)[part::2]
-    ask: Callable[[str], list[int]] = Chat(args.ckpt).ask
-    texts = edits(args.prompts) if args.task == "edit" else QUESTIONS[: args.prompts]
-    return [ask(text) for text in texts]
+    else:
+        texts = edits(args.prompts) if args.task == "edit" else list(QUESTIONS)
+    if args.chat or args.task != "code":
+        ask = Chat(args.ckpt).ask
+    return [ask(text) for text in texts[: args.prompts]]

@@ -269,8 +269,8 @@ def fingerprint(config: Config, dtype: torch.dtype) -> str:
     """A name for what graphs depend on: shape, type, code, PyTorch and the processor."""
     about = torch.__version__, torch.get_num_threads(), torch.cpu.get_capabilities(), OPTIONS
     digest = hashlib.sha256(repr((config, dtype, *about)).encode())
-    for code in ("extras/compiled.py", "extras/products.py", "exact.py", "model.py"):
-        digest.update((Path(__file__).parents[1] / code).read_bytes())
+    for code in ("extras/compiled", "extras/products", "exact", "support/trials", "model"):
+        digest.update((Path(__file__).parents[1] / f"{code}.py").read_bytes())
     return digest.hexdigest()[:32]
 
 

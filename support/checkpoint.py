@@ -173,9 +173,9 @@ def config_fields(c: dict) -> dict:
     for key in ("attention_bias", "mlp_bias", "quantization_config"):
         if c.get(key):
             raise _bad(f"{key} is not supported")
-    if c.get("hidden_act", "silu") != "silu":
+    if c.get("hidden_act", "silu") not in ("silu", "swish"):  # one function
         raise _bad(f"hidden_act {c['hidden_act']!r:.40} is not supported, only silu")
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}  # as transformers has it
     if not isinstance(rope, dict):
         raise _bad("the rope parameters are not a JSON object")
     found = {name: c[key] for name, key in KEYS.items() if c.get(key) is not None}
@@ -267,17 +267,21 @@ class Stored:
     join: int = 0  # the dimension along which parts join
     half_head: int = 0  # hd / 2 where rotary pairs are interleaved, else 0
 
-    def read(self) -> Tensor:
-        """The whole tensor, in its stored type; CheckpointError where a number is not finite.
+    def read(self, dim: int = 0, first: int = 0, last: int = 1 << 40) -> Tensor:
+        """The tensor, or what it has of indices first..last-1 of a dimension, in its stored type.
 
         Interleaved rotary pairs, rows 2i and 2i + 1 of a head, become half-split: i and i + hd/2.
+        CheckpointError where a number is not finite.
         """
         parts = []
-        for file in self.files:
+        for number, file in enumerate(self.files):
             with _refusing(f"{file}: {self.name} cannot be read"):
                 # Opened anew: what was read stays in memory while a file is open.
                 with safe_open(file, framework="pt") as tensors:
-                    part = tensors.get_tensor(self.name)
+                    stored = tensors.get_slice(self.name)
+                    before = number * stored.get_shape()[dim] if dim == self.join else 0
+                    some = slice(max(first - before, 0), max(last - before, 0))
+                    part = stored[:, some] if dim else stored[some]
                 # NaN and infinity spoil the sum, a fast pass. Large numbers may: look again.
                 if not part.sum().isfinite() and not part.isfinite().all():
                     raise CheckpointError(f"{file}: {self.name} holds NaN or infinite values")

@@ -7,13 +7,16 @@ import os
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from subprocess import CalledProcessError
+from threading import Timer
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -86,7 +89,10 @@ def usable_device(name: str) -> torch.device:
 
 
 def load(
-    ckpt: Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto"
+    ckpt: Path,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "auto",
+    read: Callable[..., Llama] = load_checkpoint,
 ) -> tuple[Llama, Tokenizer]:
     """The model and the tokenizer of a checkpoint. Raises CheckpointError where one is missing.
 
@@ -104,8 +110,7 @@ def load(
         for name in ("tokenizer.json", "tokenizer.model"):
             refuse_stand_in(ckpt / name)
         raise
-    model = load_checkpoint(ckpt, dtype, device)
-    return model, tokenizer
+    return read(ckpt, dtype, device), tokenizer
 
 
 def default_settings(ckpt: Path, config: Config, tokenizer: Tokenizer) -> dict:
@@ -137,11 +142,18 @@ class Totals:
     rounds: list[Round] = field(default_factory=list)
     times: list[float] = field(default_factory=list)  # seconds of each round
     starts: list[int] = field(default_factory=list)  # rounds whose time is also that of a prompt
+    prompt: int = 0  # tokens of a prompt that was read with `reading`
+    prompt_seconds: float = 0.0  # its part of the first round's
 
     @property
     def seconds(self) -> float:
-        """Seconds of generation, prefill included."""
-        return sum(self.times)
+        """Seconds of generation, of reading a prompt too where its part was not noted."""
+        return sum(self.times) - self.prompt_seconds
+
+    @property
+    def drafted(self) -> int:
+        """How many tokens were drafted."""
+        return sum(len(r.drafted) for r in self.rounds)
 
     @property
     def tokens_per_second(self) -> float:
@@ -151,16 +163,19 @@ class Totals:
     @property
     def acceptance(self) -> float | None:
         """Share of drafted tokens that were accepted; None when nothing was drafted."""
-        drafted = sum(len(r.drafted) for r in self.rounds)
-        return sum(r.accepted for r in self.rounds) / drafted if drafted else None
+        return sum(r.accepted for r in self.rounds) / self.drafted if self.drafted else None
 
     def summary(self) -> str:
-        """The statistics, one line."""
+        """The statistics, one line, after one of the prompt where that was noted."""
         speed = f"{self.tokens_per_second:.0f} tokens/s"
         text = f"{len(self.ids)} tokens in {self.seconds:.2f} s: {speed}"
         if self.acceptance is not None:
             text += f" | {self.acceptance:.0%} of the drafted tokens accepted"
             text += f" | {len(self.ids) / len(self.rounds):.2f} tokens per round"
+        if self.prompt:
+            speed = f"{self.prompt / self.prompt_seconds:.0f} tokens/s"
+            first = f"{speed} | first new token after {self.times[0]:.2f} s"
+            text = f"prompt: {self.prompt} tokens in {self.prompt_seconds:.2f} s: {first}\n{text}"
         return text
 
 
@@ -188,6 +203,57 @@ def collect(
     return into
 
 
+@contextmanager
+def reading(make: Callable[..., Any], prompt: int, into: Totals) -> Iterator[Callable[..., Any]]:
+    """Gives drafters as those of `make`, whose first draft notes that the prompt has been read.
+
+    If that takes longer than a second, a line says so on a terminal until then.
+    """
+    started, line = time.perf_counter(), f"reading {prompt} tokens ..."
+    say = partial(print, end="\r", file=sys.stderr, flush=True)
+    timer = Timer(1, say, [line])
+    timer.daemon = True
+
+    def done() -> None:
+        if timer.finished.is_set():
+            say(" " * len(line))
+        timer.cancel()
+
+    def noting(*context: Any) -> SimpleNamespace:
+        drafter = make(*context)
+
+        def draft(*asked: Any) -> tuple[list[int], int]:
+            if not into.prompt:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                into.prompt, into.prompt_seconds = prompt, time.perf_counter() - started
+                done()
+            return drafter.draft(*asked)
+
+        return SimpleNamespace(draft=draft, verified=drafter.verified)
+
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield noting
+    finally:
+        if not into.prompt:
+            done()
+
+
+def until(rounds: Iterator[Round], stream: Stream) -> Iterator[Round]:
+    """Rounds up to the token that completes a stop of a new stream: the last one is cut there."""
+    for r in rounds:
+        fed = 0
+        while fed < len(r.emitted) and not stream.stopped:
+            stream.feed([r.emitted[fed]])
+            fed += 1
+        logits = None if r.logits is None else r.logits[:fed]
+        yield replace(r, emitted=r.emitted[:fed], logits=logits)
+        if stream.stopped:
+            return
+
+
 def comparison(result: Totals, full: Totals) -> str:
     """One sentence: the same tokens and logits or not, and the ratio of the speeds."""
     speedup = f"{result.tokens_per_second / full.tokens_per_second:.2f} times its speed"
@@ -205,8 +271,10 @@ GREEN, BLUE, DIM, RESET = "\033[32m", "\033[94m", "\033[2m", "\033[0m"
 class Show:
     """Streams rounds to stdout. On a terminal, accepted drafts are green, corrections blue."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], text: str):
-        self.stream, self.terminal = Stream(tokenizer, prompt_ids), sys.stdout.isatty()
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: list[int], text: str, stops: Collection[str] = ()
+    ):
+        self.stream, self.terminal = Stream(tokenizer, prompt_ids, stops), sys.stdout.isatty()
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         self.colours = self.terminal and not plain
         self.before = text if self.terminal else ""  # not shown for a prompt that cannot run

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "porting")]
 
 # The same examples on every run; EXAMPLES=2000 make test looks further.
 settings.register_profile(
@@ -66,3 +66,14 @@ def command(monkeypatch, capsys):
         return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
 
     return call
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """The figures of matplotlib that are saved."""
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    keep = lambda figure, *to, **how: drawn.append(figure) or save(figure, *to, **how)
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return drawn

@@ -29,6 +29,7 @@ from model import Config, Llama
 from support.checkpoint import KEYS, config_json
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+SMALL = dict(n_layers=3, dim=32, hidden_dim=48, n_heads=2, n_kv_heads=1, head_dim=16)
 
 # --------------------------------------
 # Models
@@ -77,6 +78,21 @@ def tiny_model(
             if damp_from is not None and int(name.split(".")[1]) >= damp_from:
                 p.data *= damping
     return model.to(dtype).eval()
+
+
+def corpus(path: Path) -> Path:
+    """A folder of text for training, made in path."""
+    folder = path / "corpus"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number}.py").write_text("def f(x):\n    return x + 1\n\n\n" * 20)
+    return folder
+
+
+def write_rows(file: Path, rows: Iterable[dict]) -> Path:
+    """JSON Lines."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 def random_adapter(model: Llama, exit_layer: int = 2) -> Adapter:

@@ -8,12 +8,10 @@ the file. (It is in the page cache. Medians of five alternating runs, each in a 
 both pay for fresh memory.) Exit code 1 beyond a bound.
 """
 
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -21,20 +19,19 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from bench.common import SHAPES
-from model import Config, Llama
-from support.checkpoint import config_json
+from bench.common import SHAPES, random_model
+from model import save_checkpoint
 
 # Not ru_maxrss, which a process takes over from the one that started it.
 LOAD = r"""
 import re, sys, time
 sys.path.insert(0, sys.argv[1])
 from model import load_checkpoint
-def resident(what):
-    return 1024 * int(re.search(what + r":\s+(\d+)", open("/proc/self/status").read())[1])
 started = time.perf_counter()
 model = load_checkpoint(sys.argv[2])
-print(time.perf_counter() - started, resident("VmHWM"), sum(p.nbytes for p in model.parameters()))
+seconds = time.perf_counter() - started
+resident = int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+print(seconds, 1024 * resident, sum(p.nbytes for p in model.parameters()))
 """
 
 READ = """
@@ -45,36 +42,17 @@ print(time.perf_counter() - started)
 """
 
 
-def write_random(path: Path, config: Config) -> None:
-    """Writes config.json and model.safetensors with random weights, a tensor at a time."""
-    (path / "config.json").write_text(json.dumps(config_json(asdict(config), torch.bfloat16)))
-    with torch.device("meta"):
-        model = Llama(config)
-    header, offset = {}, 0
-    for name, p in model.named_parameters():  # tied: no head
-        place = [offset, offset + 2 * p.numel()]
-        header[f"model.{name}"] = dict(dtype="BF16", shape=[*p.shape], data_offsets=place)
-        offset = place[1]
-    text = json.dumps(header).encode()
-    with open(path / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for p in model.parameters():
-            scale = p.shape[-1] ** -0.5
-            weight = torch.ones(p.shape) if p.dim() == 1 else torch.randn(p.shape) * scale
-            file.write(weight.bfloat16().view(torch.int16).numpy().data)
-
-
-def figures(program: str, path: Path) -> list[float]:
+def figures(program: str, path: str) -> list[float]:
     """What a new process prints that runs `program` on a checkpoint."""
-    command = [sys.executable, "-c", program, str(ROOT), str(path)]
+    command = [sys.executable, "-c", program, str(ROOT), path]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [float(v) for v in done.stdout.split()]
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        write_random(path, SHAPES["1b"])
+    with tempfile.TemporaryDirectory() as path:
+        model = random_model(SHAPES["1b"], torch.bfloat16, torch.device("cpu"))
+        save_checkpoint(model, path)
         figures(READ, path)
         runs = [(figures(READ, path), figures(LOAD, path)) for _ in range(5)]
     read = statistics.median(reading[0] for reading, _ in runs)

@@ -57,12 +57,13 @@ def test_edits_show_what_to_repeat_and_chats_use_the_template(small, tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
     tokenizer = Tokenizer(tmp_path)
     for task, wanted in (("edit", tasks.edits(6)), ("chat", tasks.QUESTIONS[:6])):
-        ids = tasks.prompts(Namespace(task=task, ckpt=tmp_path, prompts=6), tokenizer, 0)
+        args = Namespace(task=task, ckpt=tmp_path, prompts=6, prompts_file=None, chat=False)
+        ids = tasks.prompts(args, tokenizer, 0)
         assert [tokenizer.decode(one) for one in ids] == list(wanted) and len(set(wanted)) == 6
     code, more, table = tasks.edits(3)
     assert all("```python\ndef " in text for text in (code, more)) and "Ada Byron, ada2@" in table
     with pytest.raises(ValueError, match="no chat template"):
-        tasks.prompts(Namespace(task="chat", ckpt=small, prompts=6), tokenizer, 0)
+        tasks.prompts(Namespace(**vars(args) | dict(ckpt=small)), tokenizer, 0)
 
 
 @pytest.mark.parametrize("line, ways", [

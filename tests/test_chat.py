@@ -1,4 +1,4 @@
-"""Chats: the template's text, its special tokens alone, the end of an answer, refusals in one line.
+"""Chats: the template's text and ids, the end of an answer, refusals in one line.
 
 tests/real.py holds a real template and its tokens against transformers'.
 """
@@ -28,7 +28,7 @@ def checkpoint(path, template=TEMPLATE, make=byte_level):
 
 
 @pytest.mark.parametrize("make", [byte_level, ours])
-def test_a_conversation_is_the_templates_text_and_ids(tmp_path, make):
+def test_a_conversation_is_its_templates_ids(tmp_path, make):
     tokenizer = checkpoint(tmp_path, make=make)
     chat, bos, eos = Chat(tmp_path), tokenizer.bos, tokenizer.eos
     plain = lambda text: tokenizer.encode(text, bos=False)
@@ -40,19 +40,6 @@ def test_a_conversation_is_the_templates_text_and_ids(tmp_path, make):
     assert chat.ask("go") == said
 
 
-@pytest.mark.parametrize("make", [byte_level, ours])
-def test_special_tokens_of_a_user_are_text(tmp_path, make):
-    tokenizer = checkpoint(tmp_path, make=make)
-    chat, special = Chat(tmp_path), [tokenizer.bos, tokenizer.eos]
-    for text in ("</s>", "a<s></s>b", "<bos>" * 2, "</s</s>"):
-        ids = chat.ask(text)
-        assert ids[0] == tokenizer.bos and not set(ids[1:]) & set(special)
-        assert tokenizer.decode(ids) == f"[user]{text}[assistant]"
-        chat.keep("x", text)
-        assert [i for i in chat.ask("y")[1:] if i in special] == [tokenizer.eos]
-        chat.messages.clear()
-
-
 def test_a_file_of_its_own_comes_first(tmp_path):
     tokenizer = checkpoint(tmp_path, [dict(name="tools"), dict(name="default", template="x")])
     assert Chat(tmp_path).ask("a") == tokenizer.encode("x", bos=False)
@@ -61,22 +48,19 @@ def test_a_file_of_its_own_comes_first(tmp_path):
     assert Chat(tmp_path).ends == ()
 
 
-@pytest.mark.parametrize(
-    "template, reason",
-    [
-        (None, "has no chat template"),
-        ([dict(name="tools", template="x")], "has no chat template"),
-        ([7], "has no chat template"),
-        ("{% if %}", "is damaged"),
-        ("{{ raise_exception('roles must alternate') }}", "refuses this: roles must alternate"),
-        ("{{ messages.clear() }}", "refuses this"),
-        ("{{ messages[9].content + 1 }}", "refuses this"),
-        ("{{ 1 / 0 }}", "refuses this"),
-        ("{{ ''.__class__.__mro__ }}", "refuses this"),
-        ("{{ 'a' * 10**12 }}", "refuses this"),
-    ],
-)
-def test_a_template_that_cannot_be_used_is_one_line(tmp_path, template, reason):
+@pytest.mark.parametrize("template, reason", [
+    (None, "has no chat template"),
+    ([dict(name="tools", template="x")], "has no chat template"),
+    ([7], "has no chat template"),
+    ("{% if %}", "is damaged"),
+    ("{{ raise_exception('roles must alternate') }}", "refuses this: roles must alternate"),
+    ("{{ messages.clear() }}", "refuses this"),
+    ("{{ messages[9].content + 1 }}", "refuses this"),
+    ("{{ 1 / 0 }}", "refuses this"),
+    ("{{ ''.__class__.__mro__ }}", "refuses this"),
+    ("{{ 'a' * 10**12 }}", "refuses this"),
+])  # fmt: skip
+def test_a_useless_template_is_one_line(tmp_path, template, reason):
     checkpoint(tmp_path, template)
     with pytest.raises(ValueError, match=reason) as refused:
         Chat(tmp_path).ask("a")

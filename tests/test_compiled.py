@@ -1,5 +1,6 @@
 """Compiled decoding gives the full model's bits too, whoever drafts, in threads as well."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import import_module
@@ -37,7 +38,7 @@ DRAFTS = st.tuples(
     st.sampled_from([0.0, 0.0, 1.0]),
     st.lists(DRAFTS, min_size=3, max_size=3),
 )
-def test_compiled_text_is_bitwise_plain_whoever_drafts(model, prompt, temperature, drafts):
+def test_compiled_is_bitwise_plain_whoever_drafts(model, prompt, temperature, drafts):
     sampling = Sampling(temperature, seed=3)
     plain = decode_90(model, prompt, sampling=sampling)
     for who, length, confidence in drafts:
@@ -45,7 +46,7 @@ def test_compiled_text_is_bitwise_plain_whoever_drafts(model, prompt, temperatur
         assert same_bits(decode_90(model, prompt, sampling=sampling, **how), plain), who
 
 
-def test_compiled_logits_are_nearly_the_packed_models(model):
+def test_compiled_logits_are_near_packed_ones(model):
     packed = pack(tiny_model(model.config, damp_from=1, dtype=model.dtype))
     (tokens, logits, _), (others, expected, _) = (decode(m, [3, 1, 4]) for m in (model, packed))
     same = next((i for i, (a, b) in enumerate(zip(tokens, others)) if a != b), len(tokens)) + 1
@@ -54,14 +55,14 @@ def test_compiled_logits_are_nearly_the_packed_models(model):
     torch.testing.assert_close(logits[:same], expected[:same], atol=tolerance, rtol=0)
 
 
-def test_threads_on_one_model_do_not_mix_their_texts(model):
+def test_threads_do_not_mix_their_texts(model):
     text = lambda p: decode_90(model, [p, 2, 5], exit_layer=p % 2, draft_len=4)
     with ThreadPoolExecutor(4) as threads:
         assert all(map(same_bits, threads.map(text, range(8)), map(text, range(8))))
 
 
 @pytest.mark.parametrize("exit_layer", [0, 2])
-def test_logits_do_not_depend_on_the_exit_compiled_for(model, exit_layer):
+def test_logits_do_not_depend_on_the_exit(model, exit_layer):
     """So `--full --compile` and `--exit E --compile` of two commands agree."""
     whole = tiny_model(model.config, damp_from=1, dtype=model.dtype)
     compiled.compile_model(whole, exit_layer)
@@ -74,7 +75,7 @@ def test_a_pass_within_a_graph_is_refused():
         next(generate(whole, [1, 2], exit_layer=2))
 
 
-def test_rows_that_do_not_keep_apart_leave_the_model_plain(monkeypatch):
+def test_rows_that_mix_leave_the_model_plain(monkeypatch):
     class Mixing:
         def __init__(self, model, group):
             self.plain, self.unembed = model.run_layers, model.unembed
@@ -102,7 +103,7 @@ def test_what_cannot_be_compiled_is_refused(dtype, exit_layer):
         compiled.compile_model(tiny_model(tiny_config(**CONFIG), dtype=dtype), exit_layer)
 
 
-def test_a_shape_is_compiled_once_whatever_the_weights(model, monkeypatch, capsys):
+def test_a_shape_is_compiled_once(model, monkeypatch, capsys):
     again = tiny_model(model.config, damp_from=1, dtype=model.dtype)
     other = tiny_model(model.config, seed=5, dtype=model.dtype)
     monkeypatch.setattr(torch.export, "export", None)  # would be needed to compile anew
@@ -113,7 +114,30 @@ def test_a_shape_is_compiled_once_whatever_the_weights(model, monkeypatch, capsy
     assert not same_bits(decode(other, [3, 1, 4]), decode(model, [3, 1, 4]))
 
 
-def test_this_pytorchs_products_are_changed_and_put_back():
+def test_a_damaged_graph_is_made_again(model, tmp_path, monkeypatch):
+    plain = tiny_model(model.config, dtype=model.dtype)
+    x, graphs = torch.ones(2, 32, dtype=model.dtype), compiled.Graphs(plain, 1)
+    whole, folder = graphs.unembed(x), graphs.files()[0].parent
+    shutil.copytree(folder, tmp_path / "layerskip" / folder.name)
+    monkeypatch.setattr(compiled, "cache_dir", lambda: tmp_path)
+    files = [file for graph in graphs.files() for file in (graph, graph.with_suffix(".json"))]
+    sound, compilations = {file: file.read_bytes() for file in files}, []
+
+    def compile_again(file, *_):  # what compiling would write
+        compilations.append(file)
+        assert not file.exists(), "the damaged one is gone"
+        for name in (file, file.with_suffix(".json")):
+            name.write_bytes(sound[name])
+
+    monkeypatch.setattr(compiled, "compile_graph", compile_again)
+    for number, (file, length) in enumerate(zip(sound, (0, 9, 1000, 20_000)), 1):
+        file.write_bytes(sound[file][: min(length, len(sound[file]) - 9)])
+        for _ in range(2):
+            assert torch.equal(compiled.Graphs(plain, 1).unembed(x), whole)
+        assert len(compilations) == 2 * number
+
+
+def test_products_are_changed_and_put_back():
     with products.faster_products():
         gemm = import_module("torch._inductor.codegen.cpp_micro_gemm")
         kernel, configs = gemm.CppMicroGemmFP32Vec, gemm.micro_gemm_configs

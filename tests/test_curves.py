@@ -1,13 +1,10 @@
 """What training shows: a line at each save, a word before it compiles, curves of its runs."""
 
-import json
 from io import BytesIO
-from types import SimpleNamespace
 
 import pytest
-from helpers import config_option
+from helpers import config_option, corpus, write_rows
 from matplotlib.colors import same_color
-from matplotlib.figure import Figure
 
 from extras import curves
 from support import train_command
@@ -31,9 +28,7 @@ ROWS = [
 
 def write(folder, rows):
     folder.mkdir()
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "metrics.jsonl").write_text(text)
-    return folder
+    return write_rows(folder / "metrics.jsonl", rows).parent
 
 
 # --------------------------------------
@@ -43,28 +38,23 @@ def write(folder, rows):
 @pytest.fixture
 def train(command, tmp_path):
     """train("--steps", "4") -> code, out, err of a run in tmp_path / "run", of a tiny model."""
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    for number in range(60):
-        text = "def f(x):\n    return x + 1\n\n\n" * 20
-        (corpus / f"{number}.py").write_text(text)
-    shape = config_option(
-        n_layers=6, dim=16, hidden_dim=32, n_heads=2, n_kv_heads=1, vocab_size=280
-    )
-    where = ["--out", str(tmp_path / "run"), "--data", str(corpus), "--seq", "16", "--batch", "2"]
-    return lambda *more: command(train_command.main, *where, *shape, *more)
+    shape = dict(n_layers=6, dim=16, hidden_dim=32, n_heads=2, n_kv_heads=1, vocab_size=280)
+    where = f"--out {tmp_path}/run --data {corpus(tmp_path)} --seq 16 --batch 2".split()
+    return lambda *more: command(train_command.main, *where, *config_option(**shape), *more)
 
 
-def test_each_save_is_a_line_with_what_the_metrics_say(train, tmp_path):
+def test_a_save_is_a_line_of_its_metrics(train, tmp_path):
     run = train("--steps", "5", "--save-every", "2", "--no-compile")
     assert run.code == 0 and "compiling" not in run.err
     lines = [line for line in run.err.splitlines() if "held out" in line]
     _, saves = curves.read_run(tmp_path / "run")
     assert [s["step"] for s in saves] == [2, 4, 5]
     assert [line.strip() for line in lines] == [worth(s["held_out"]) for s in saves]
+    curves.draw(file := BytesIO(), {"run": curves.read_run(tmp_path / "run")})
+    assert file.getvalue().startswith(b"\x89PNG")
 
 
-def test_a_save_is_told_by_four_exits_and_the_last_layer():
+def test_a_save_is_told_by_four_exits_and_the_last():
     assert worth(found(5.0, 4.0)).endswith("1:5.00 50%  2:4.00 100%")
     for layers in (3, 5, 6, 12, 24, 81):
         shown = [part.split(":")[0] for part in worth(found(*range(layers))).split() if ":" in part]
@@ -72,7 +62,7 @@ def test_a_save_is_told_by_four_exits_and_the_last_layer():
         assert shown[0] == "1" and shown[-1] == str(layers) and len(shown) <= 5
 
 
-def test_training_says_that_it_compiles_before_it_does(train, monkeypatch):
+def test_training_says_that_it_compiles(train, monkeypatch):
     def compiled(self, *how, **more):
         raise ValueError("here it would compile")
 
@@ -86,10 +76,7 @@ def test_training_says_that_it_compiles_before_it_does(train, monkeypatch):
 # Curves
 
 
-def test_curves_are_the_rows_of_two_runs(tmp_path, command, monkeypatch):
-    drawn, save = [], Figure.savefig
-    keep = lambda figure, *to, **how: drawn.append(figure) or save(figure, *to, **how)
-    monkeypatch.setattr(Figure, "savefig", keep)
+def test_curves_are_the_rows_of_two_runs(tmp_path, command, figures):
     a, b = write(tmp_path / "a", ROWS), write(tmp_path / "b", ROWS[:3])
     file = tmp_path / "curves.png"
     run = command(curves.main, str(a), str(b), "--png", str(file))
@@ -98,27 +85,20 @@ def test_curves_are_the_rows_of_two_runs(tmp_path, command, monkeypatch):
         f"{a}, step 3: {worth(ROWS[4]['held_out'])}",
         f"{b}, step 2: {worth(ROWS[2]['held_out'])}",
     ]
-    lines = [[line.get_xydata().tolist() for line in axis.lines] for axis in drawn[0].axes]
+    lines = [[line.get_xydata().tolist() for line in axis.lines] for axis in figures[0].axes]
     over_steps = [[[1, 8], [2, 7], [3, 5]], [[2, 5.5], [3, 4.5]], [[1, 8], [2, 7]], [[2, 5.5]]]
     loss = [[[1, 5.5], [2, 5], [3, 4.5]], [[1, 6.5], [2, 6], [3, 5.5]]]
     agreement = [[[e, e / 3] for e in (1, 2, 3)]] * 2
     assert lines == [over_steps, loss, agreement]
-    colours = [line.get_color() for line in drawn[0].axes[0].lines]
+    colours = [line.get_color() for line in figures[0].axes[0].lines]
     assert [same_color(colours[0], c) for c in colours] == [True, True, False, False]
-    assert all(axis.get_xlabel() and axis.get_title() for axis in drawn[0].axes)
-    named = drawn[0].axes[0].get_legend().get_texts()
+    assert all(axis.get_xlabel() and axis.get_title() for axis in figures[0].axes)
+    named = figures[0].axes[0].get_legend().get_texts()
     assert [text.get_text() for text in named] == [str(a), str(b)]
 
 
-def test_a_trained_run_is_drawn(train, tmp_path):
-    assert train("--steps", "2", "--no-compile").code == 0
-    file = BytesIO()
-    curves.draw(file, {"run": curves.read_run(tmp_path / "run")})
-    assert file.getvalue().startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize("kind", ["no folder", "no metrics", "no save", "damaged"])
-def test_what_is_no_run_is_one_line_and_leaves_no_file(tmp_path, command, kind):
+def test_what_is_no_run_is_one_line(tmp_path, command, kind):
     folder = tmp_path / "run"
     if kind != "no folder":
         write(folder, ROWS[:2])
@@ -126,6 +106,6 @@ def test_what_is_no_run_is_one_line_and_leaves_no_file(tmp_path, command, kind):
         (folder / "metrics.jsonl").unlink()
     if kind == "damaged":
         (folder / "metrics.jsonl").write_text('{"step": 1, "lo')
-    run: SimpleNamespace = command(curves.main, str(folder), "--png", str(tmp_path / "c.png"))
+    run = command(curves.main, str(folder), "--png", str(tmp_path / "c.png"))
     assert run.code == 2 and run.err.count("\n") == 1 and "run" in run.err and not run.out
     assert not (tmp_path / "c.png").exists()

@@ -11,7 +11,6 @@ import pytest
 import torch
 from browser import CHROMIUM, Browser
 from conftest import ROOT
-from matplotlib.figure import Figure
 
 from decode import Round, generate
 from exact import pack
@@ -76,7 +75,7 @@ def wanted(number: int, ids: list[int], rounds: list[Round]) -> list[int]:
 # What it holds
 
 
-def test_a_page_is_one_file_whose_data_is_the_run_and_ends_no_script(run):
+def test_a_page_is_one_file_of_the_run(run):
     model, tokenizer, ids, rounds = run
     text = trace.page(rounds, model, tokenizer, ids, 2).decode()
     template = (ROOT / "extras" / "trace.html").read_text(encoding="utf-8")
@@ -103,7 +102,7 @@ def test_the_page_in_docs_is_todays_and_small():
     assert (ROOT / "docs" / "trace.png").stat().st_size <= 150_000
 
 
-def test_the_command_writes_the_page_of_the_rounds_that_it_prints(command, small, tmp_path):
+def test_the_command_writes_its_rounds_page(command, small, tmp_path):
     file = tmp_path / "page.html"
     options = ["--ckpt", str(small), "--max-new-tokens", "20", "--exit", "2", "--html", str(file)]
     ran = command(trace.main, *options)
@@ -133,7 +132,7 @@ def test_the_text_is_shown_as_text_token_by_token(run, shown):
     assert all(shown.run(f"{spans}.map(x => x.getClientRects().length)")), "each can be clicked"
 
 
-def test_a_click_on_a_token_shows_its_rounds_numbers_and_keeps_them(run, shown):
+def test_a_click_keeps_a_rounds_numbers(run, shown):
     _, _, ids, rounds = run
     for number in (1, len(rounds) - 1, 2, 3):
         token = f"document.querySelectorAll('.round')[{number}].querySelector('span:last-of-type')"
@@ -149,7 +148,7 @@ def test_a_click_on_a_token_shows_its_rounds_numbers_and_keeps_them(run, shown):
     assert numbers(shown)[0] == 1
 
 
-def test_arrow_keys_step_from_the_first_round_to_the_last(run, shown):
+def test_arrow_keys_step_through_the_rounds(run, shown):
     _, _, ids, rounds = run
     shown.press("ArrowLeft")
     for number in [*range(len(rounds)), len(rounds) - 1]:
@@ -159,7 +158,7 @@ def test_arrow_keys_step_from_the_first_round_to_the_last(run, shown):
     assert numbers(shown)[0] == len(rounds) - 1
 
 
-def test_rejected_guesses_are_struck_through_on_demand(run, shown):
+def test_rejected_guesses_are_struck_through(run, shown):
     _, tokenizer, _, rounds = run
     guesses = "[...document.querySelectorAll('pre del')]"
     texts = [trace.piece(tokenizer, t) for r in rounds for t in r.drafted[r.accepted :]]
@@ -174,7 +173,7 @@ def test_rejected_guesses_are_struck_through_on_demand(run, shown):
     assert shown.run(visible) == 0
 
 
-def test_the_picture_has_the_rounds_tokens_layers_queries_and_dead_rows(run, shown):
+def test_the_picture_is_of_the_round(run, shown):
     model, tokenizer, ids, rounds = run
     tokens = ids + [t for r in rounds for t in r.emitted]
     said, _ = lens.exits(model, tokens, len(ids) - 1)
@@ -201,7 +200,7 @@ def test_the_picture_has_the_rounds_tokens_layers_queries_and_dead_rows(run, sho
         shown.press("ArrowRight")
 
 
-def test_a_plain_run_after_one_token_has_no_queries(run, browser, tmp_path):
+def test_a_plain_run_has_no_queries(run, browser, tmp_path):
     model, tokenizer, ids, _ = run
     rounds = [Round([], [t], None) for t in tokenizer.encode(TEXT, bos=False)]
     (tmp_path / "page.html").write_bytes(trace.page(rounds, model, tokenizer, ids[:1], 0))
@@ -212,7 +211,7 @@ def test_a_plain_run_after_one_token_has_no_queries(run, browser, tmp_path):
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_page_fits_phone_and_desk_in_light_and_dark(browser, url, width):
+def test_a_page_fits_phone_and_desk(browser, url, width):
     shades = {}
     for scheme in ("light", "dark"):
         browser.open(url, width, 844, scheme)
@@ -227,20 +226,23 @@ def test_a_page_fits_phone_and_desk_in_light_and_dark(browser, url, width):
 # The lens's picture
 
 
-def test_a_long_text_is_wrapped_long_tokens_are_cut_and_there_is_a_legend(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *to, **how: drawn.append(figure))
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_a_figure_has_a_cell_for_each_exit_and_token(figures):
+    """And a line at the layers needed. A token may be anything; a long one is cut."""
     count = lens.BAND + 3
     words = [[f"{row}:{t}" for t in range(count)] for row in range(3)]
+    words[0][:3] = "$x_{$", "漢字", "\\"
     words[1][0], words[2][lens.BAND] = "12345678", "123456789"
-    needed = [1 + t % 2 for t in range(count)]
-    lens.draw(BytesIO(), words, torch.ones(2, count), needed)
-    bands = drawn[0].axes
-    assert [len(axis.texts) for axis in bands] == [3 * lens.BAND, 9]
-    shown = [text.get_text() for axis in bands for text in axis.texts]
-    assert "12345678" in shown and "1234567…" in shown and f"0:{count - 1}" in shown
-    assert [axis.get_xlim() for axis in bands] == [(-0.5, 23.5), (23.5, 47.5)]
-    for axis in bands:
-        assert axis.patches[0].get_data().values.tolist() == [e - 0.5 for e in needed]
-    assert len(drawn[0].legends[0].get_texts()) == 3
-    assert bands[-1].get_xlabel() and all(axis.get_ylabel() == "exit" for axis in bands)
+    shades, needed = torch.linspace(-1, 1, 2 * count).view(2, -1), [1 + t % 2 for t in range(count)]
+    lens.draw(BytesIO(), words, shades, needed)
+    words[2][lens.BAND] = "1234567…"
+    bands = figures[0].axes
+    for axis, shown in zip(bands, (range(lens.BAND), range(lens.BAND, count)), strict=True):
+        cells = {text.get_position(): text.get_text() for text in axis.texts}
+        assert cells == {(t, row): words[row][t] for row in range(3) for t in shown}
+        assert axis.get_xlim() == (shown[0] - 0.5, shown[0] + lens.BAND - 0.5)
+        assert torch.equal(torch.tensor(axis.images[0].get_array().data)[1:], shades)
+        line = axis.patches[0].get_data()
+        assert line.values.tolist() == [e - 0.5 for e in needed] and line.edges[0] == -0.5
+        assert axis.get_ylabel() == "exit"
+    assert len(figures[0].legends[0].get_texts()) == 3 and bands[-1].get_xlabel()

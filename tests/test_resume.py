@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import config_option
+from helpers import SMALL, config_option
 from safetensors.torch import load_file
 
 from support import data, train_command
@@ -27,7 +27,6 @@ PROCESSES = get_context("forkserver")
 # Imports once; every run is still a process of its own.
 PROCESSES.set_forkserver_preload(["support.train_command"])
 STEPS = 24
-SMALL = dict(n_layers=3, dim=32, hidden_dim=48, n_heads=2, n_kv_heads=1, head_dim=16)
 COMMON = (
     f"--steps {STEPS} --save-every 3 --batch 4 --seq 32 --warmup 2 --no-compile --no-bf16 "
     "--p-max 0.6 --dropout-time constant --lr 3e-3"
@@ -67,22 +66,24 @@ def start_some(out: Path, source: Path, count: int) -> list:
     return [start(out, source, common | rank) for rank in ranks]
 
 
-def finish(*processes) -> None:
+def end(*processes, code: int = 0) -> None:
     for process in processes:
         process.join(300)
-        assert process.exitcode == 0
+        assert process.exitcode == code
+
+
+def stop(*processes, how=signal.SIGKILL) -> None:
+    """Sends a signal to each, unless it has come to its end."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, how)
 
 
 def wait_for(condition, process, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
+    late = time.monotonic() + seconds
     while not condition() and process.is_alive():
-        assert time.monotonic() < end
+        assert time.monotonic() < late
         time.sleep(0.0005)
-
-
-def state(out: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimiser moments of the state that a run leaves."""
-    return load_file(out / "state.safetensors")
 
 
 def step(out: Path) -> int:
@@ -103,24 +104,38 @@ def whole(tmp_path_factory) -> tuple[Path, Path]:
     (root / "text").mkdir()
     for number, d in enumerate(data.read_files(data.stdlib_files()[:80])):
         (root / "text" / f"{number}.py").write_text(d.text)
-    finish(start(root / "run", root / "text"))
+    end(start(root / "run", root / "text"))
     assert [step for step, _ in losses(root / "run")] == list(range(1, STEPS + 1))
     return root / "run", root / "text"
 
 
-def prepared(whole: Path, out: Path) -> Path:
+@pytest.fixture
+def run(whole, tmp_path) -> Path:
     """A directory for a new run that has its tokens already."""
+    return prepared(whole[0], tmp_path / "run")
+
+
+def prepared(whole: Path, out: Path) -> Path:
     out.mkdir()
     for name in ("data.json", "train.bin", "held_out.bin", "tokenizer.model"):
         shutil.copyfile(whole / name, out / name)
     return out
 
 
-def same_bits(one: Path, other: Path) -> None:
-    a, b = state(one), state(other)
+def assert_same_bits(one: Path, other: Path) -> None:
+    a, b = (load_file(run / "state.safetensors") for run in (one, other))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     assert losses(one) == losses(other)
+
+
+def assert_close(one: Path, other: Path) -> None:
+    ours, theirs = losses(one), losses(other)
+    assert [step for step, _ in ours] == [step for step, _ in theirs] == list(range(1, STEPS + 1))
+    for (_, a), (_, b) in zip(ours, theirs):
+        assert a == pytest.approx(b, rel=1e-4)
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert all(torch.allclose(a[name].float(), b[name].float(), atol=2e-3) for name in a)
 
 
 def said(run: Path) -> str:
@@ -140,9 +155,9 @@ def aside(run: Path) -> set[Path]:
     return set(run.glob(".*.tmp"))
 
 
-def test_a_run_that_is_killed_ends_with_the_same_bits(whole, tmp_path):
+def test_a_killed_run_ends_with_the_same_bits(whole, run):
     """Kills at random times after a process's first step, and when it has begun to save."""
-    run, chance, kills, in_save = prepared(whole[0], tmp_path / "run"), random.Random(0), 0, 0
+    chance, kills, in_save = random.Random(0), 0, 0
     for number in range(12):
         left = aside(run)
         process, begun = start(run, whole[1]), steps_done(run)
@@ -151,122 +166,89 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(whole, tmp_path):
         else:
             wait_for(lambda: steps_done(run) > begun, process)
             time.sleep(chance.uniform(0, 0.05))
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
+        stop(process)
         process.join()
         kills += process.exitcode == -signal.SIGKILL
         in_save += bool(aside(run) - left)
         if process.exitcode == 0:
             break
     assert kills >= 3 and in_save >= 1, f"{kills} kills, {in_save} during a save"
-    finish(start(run, whole[1]))
-    same_bits(run, whole[0])
+    end(start(run, whole[1]))
+    assert_same_bits(run, whole[0])
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(whole, tmp_path):
-    run = prepared(whole[0], tmp_path / "run")
+def test_ctrl_c_saves_and_the_run_goes_on(whole, run):
     process = start(run, whole[1])
     wait_for(lambda: steps_done(run) >= 4, process)
-    os.kill(process.pid, signal.SIGINT)
-    process.join(60)
-    assert process.exitcode == 130 and "the same command goes on" in said(run)
-    assert 4 <= step(run) < STEPS
-    finish(start(run, whole[1]))
-    same_bits(run, whole[0])
+    stop(process, how=signal.SIGINT)
+    end(process, code=130)
+    assert "the same command goes on" in said(run) and 4 <= step(run) < STEPS
+    end(start(run, whole[1]))
+    assert_same_bits(run, whole[0])
 
 
-def test_a_compiled_run_that_is_stopped_ends_with_the_same_bits(whole, tmp_path):
+def test_a_compiled_run_goes_on_to_the_same_bits(whole, tmp_path):
     """Stopped before steps whose batches skip samples: other sizes than a run begins with."""
     one, other = prepared(whole[0], tmp_path / "one"), prepared(whole[0], tmp_path / "other")
     graphs = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "graphs")}
     compiled = dict(extra=("--compile",), environment=graphs)
-    finish(start(one, whole[1], **compiled))
+    end(start(one, whole[1], **compiled))
     while step(other) < STEPS:
         process, begun = start(other, whole[1], **compiled), steps_done(other)
         wait_for(lambda: steps_done(other) > begun + 12, process, 120)
-        with suppress(ProcessLookupError):  # it may have come to its end
-            os.kill(process.pid, signal.SIGINT)
+        stop(process, how=signal.SIGINT)
         process.join(120)
         assert process.exitcode in (0, 130)
-    same_bits(one, other)
+    assert_same_bits(one, other)
 
 
-def test_two_processes_stop_together(whole, tmp_path):
-    """Ctrl-C reaches one of them alone."""
-    run = prepared(whole[0], tmp_path / "run")
+def test_two_processes_stop_and_train_as_one(whole, run):
+    """Ctrl-C reaches one of them alone.
+
+    Layer dropout of 0.6 on two samples each: often one process runs a layer alone.
+    """
     processes = start_some(run, whole[1], 2)
     wait_for(lambda: steps_done(run) >= 4, processes[0])
-    os.kill(processes[1].pid, signal.SIGINT)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 130
-    finish(*start_some(run, whole[1], 2))
-    close(run, whole[0])
+    stop(processes[1], how=signal.SIGINT)
+    end(*processes, code=130)
+    end(*start_some(run, whole[1], 2))
+    assert_close(run, whole[0])
 
 
-def test_other_settings_do_not_go_on_with_a_run(whole):
-    process = start(whole[0], whole[1], extra=("--lr", "1e-3"))
-    process.join(60)
-    assert process.exitcode == 2 and said(whole[0]).startswith("train.py: ")
-    assert "(lr)" in said(whole[0])
-
-
-def test_a_full_disk_is_one_line_and_the_last_state_stays(whole, tmp_path):
-    run = prepared(whole[0], tmp_path / "run")
+def test_a_full_disk_leaves_the_last_state(whole, run):
     process = start(run, whole[1])
     wait_for(lambda: step(run) > 0, process)
-    os.kill(process.pid, signal.SIGKILL)
+    stop(process)
     process.join()
     before = (run / "state.safetensors").read_bytes()
-    process = start(run, whole[1], most_bytes=100_000)
-    process.join(60)
-    assert process.exitcode == 2 and said(run).startswith("train.py: ")
+    end(start(run, whole[1], most_bytes=100_000), code=2)
+    assert said(run).startswith("train.py: ")
     assert (run / "state.safetensors").read_bytes() == before
-    finish(start(run, whole[1]))
-    same_bits(run, whole[0])
-
-
-def close(one: Path, other: Path) -> None:
-    ours, theirs = losses(one), losses(other)
-    assert [step for step, _ in ours] == [step for step, _ in theirs] == list(range(1, STEPS + 1))
-    for (_, a), (_, b) in zip(ours, theirs):
-        assert a == pytest.approx(b, rel=1e-4)
-    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert all(torch.allclose(a[name].float(), b[name].float(), atol=2e-3) for name in a)
-
-
-def test_two_processes_train_as_one_does(whole, tmp_path):
-    """Layer dropout of 0.6 on two samples each: often one process runs a layer alone."""
-    run = prepared(whole[0], tmp_path / "run")
-    finish(*start_some(run, whole[1], 2))
-    close(run, whole[0])
+    end(start(run, whole[1]))
+    assert_same_bits(run, whole[0])
 
 
 @pytest.mark.parametrize("first", [1, 2])
-def test_a_run_goes_on_with_another_number_of_processes(whole, tmp_path, first):
-    run = prepared(whole[0], tmp_path / "run")
-    starts = [lambda: start_some(run, whole[1], 1), lambda: start_some(run, whole[1], 2)]
-    processes = starts[first - 1]()
+def test_a_run_goes_on_with_more_or_less_processes(whole, run, first):
+    processes = start_some(run, whole[1], first)
     wait_for(lambda: steps_done(run) >= 8, processes[0])
+    stop(*processes)
     for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
         process.join()
-    finish(*starts[2 - first]())
-    close(run, whole[0])
+    end(*start_some(run, whole[1], 3 - first))
+    assert_close(run, whole[0])
 
 
 @pytest.mark.parametrize("sharded_first", [False, True])
-def test_a_run_goes_on_with_or_without_torchrun_as_it_began(whole, tmp_path, sharded_first):
-    run = tmp_path / "run"
-    shutil.copytree(whole[0], run)
+def test_a_run_goes_on_with_torchrun_as_it_began(whole, tmp_path, sharded_first):
+    run = shutil.copytree(whole[0], tmp_path / "run")
     if sharded_first:
         (run / "state.safetensors").rename(run / "state-shards")
     (process,) = [start(run, whole[1])] if sharded_first else start_some(run, whole[1], 1)
-    process.join(60)
-    assert process.exitcode == 2 and "torchrun: go on with it that way" in said(run)
+    end(process, code=2)
+    assert "torchrun: go on with it that way" in said(run)
 
 
-def test_pieces_of_a_batch_train_as_the_batch_does(whole, tmp_path):
-    run = prepared(whole[0], tmp_path / "run")
-    finish(start(run, whole[1], extra=("--accumulate", "2")))
-    close(run, whole[0])
+def test_pieces_of_a_batch_train_as_the_batch_does(whole, run):
+    end(start(run, whole[1], extra=("--accumulate", "2")))
+    assert_close(run, whole[0])

@@ -25,32 +25,24 @@ def test_tokens_follow_the_filtered_softmax(sampling):
     draws, counts = 20_000, torch.zeros(len(LOGITS))
     for position in range(draws):
         counts[next_token(LOGITS, position, sampling)] += 1
-    scaled = (LOGITS / sampling.temperature).double()
-    order = scaled.argsort(descending=True).tolist()
-    kept = order[: sampling.top_k] if sampling.top_k else order
-    probability = [math.exp(scaled[i]) for i in kept]
-    probability = [p / sum(probability) for p in probability]
-    total, expected = 0.0, torch.zeros(len(LOGITS))
-    for i, p in zip(kept, probability):
-        if total < sampling.top_p:
-            expected[i] = p
-        total += p
-    expected *= draws / expected.sum()
-    inside = expected > 0
-    assert counts[~inside].sum() == 0
-    chi_square = ((counts - expected)[inside] ** 2 / expected[inside]).sum().item()
-    degrees = int(inside.sum()) - 1
+    likely, order = (LOGITS / sampling.temperature).double().sort(descending=True)
+    likely = likely[: sampling.top_k or None].softmax(-1)
+    kept = (likely.cumsum(-1) - likely < sampling.top_p).sum()
+    expected, counts = likely[:kept] / likely[:kept].sum() * draws, counts[order]
+    assert counts[kept:].sum() == 0
+    chi_square = ((counts[:kept] - expected) ** 2 / expected).sum().item()
+    degrees = int(kept) - 1
     assert chi_square < degrees + 4 * math.sqrt(2 * degrees)  # about one in twenty thousand
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_temperature_zero_is_the_first_of_the_likeliest(dtype):
+def test_temperature_zero_takes_the_first_best(dtype):
     assert next_token(LOGITS.to(dtype), 3, Sampling(0.0, seed=9)) == 0
     tied = torch.tensor([0.0, 2.0, 1.0, 2.0] * 9, dtype=dtype)
     assert next_token(tied, 3, Sampling(0.0, top_k=2, top_p=0.1)) == 1
 
 
-def test_a_token_depends_on_logits_seed_and_position_alone():
+def test_a_token_depends_on_its_row_alone():
     """Not on other rows, nor on what was drawn before."""
     sampling, rows = Sampling(1.0, 5, 0.9, seed=3), torch.randn(16, 100)
     tokens = [next_token(row, 7 + i, sampling) for i, row in enumerate(rows)]
@@ -58,7 +50,7 @@ def test_a_token_depends_on_logits_seed_and_position_alone():
     assert tokens != [next_token(row, 8 + i, sampling) for i, row in enumerate(rows)]
 
 
-def test_noise_is_a_function_of_seed_and_position_alone():
+def test_noise_depends_on_seed_and_position():
     assert torch.equal(gumbel(3, 5, 100), gumbel.__wrapped__(3, 5, 100))
     assert torch.equal(gumbel(3, 5, 100)[:50], gumbel(3, 5, 50))
     places = [(seed, position) for seed in range(4) for position in range(30)]
@@ -71,7 +63,7 @@ logit_lists = st.lists(st.floats(-20, 20), min_size=1, max_size=30)
 
 
 @given(logit_lists, st.integers(0, 40), st.floats(0.01, 1))
-def test_filters_keep_the_likeliest_and_at_least_one(logits, top_k, top_p):
+def test_filters_keep_the_likeliest(logits, top_k, top_p):
     logits = torch.tensor(logits, dtype=torch.float64)
     kept = keep_likely(logits, top_k, top_p)
     alive = kept > -math.inf
@@ -87,7 +79,7 @@ def test_filters_keep_the_likeliest_and_at_least_one(logits, top_k, top_p):
 
 
 @given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), min_size=9, max_size=9))
-def test_emitted_are_the_verifiers_up_to_the_first_wrong_guess(guesses, said):
+def test_emitted_tokens_are_the_verifiers(guesses, said):
     """Or up to an EOS: here 3."""
     logits = torch.nn.functional.one_hot(torch.tensor(said), 4).float()[: len(guesses) + 1]
     emitted = accept(guesses, logits, 0, lambda row, position: int(row.argmax()), (3,))

@@ -4,15 +4,16 @@ import json
 import math
 import shutil
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import config_option, tiny_config, tiny_model
-from hypothesis import given, settings
+from helpers import SMALL, config_option, tiny_config, tiny_model, write_rows
+from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 import train
 from exact import pack
@@ -22,7 +23,6 @@ from support.runs import RunDirectory
 from support.tokenizer import Tokenizer
 from train import LAYERSKIP, RECIPES, Recipe
 
-SMALL = dict(n_layers=3, dim=32, hidden_dim=48, n_heads=2, n_kv_heads=1, head_dim=16)
 SHAPE = config_option(**SMALL, vocab_size=400)
 
 
@@ -34,7 +34,7 @@ def dropouts(recipe: Recipe, t: int, layers: int = 5, steps: int = 101) -> list[
 # Schedules
 
 
-def test_layerskips_dropout_grows_over_layers_and_time():
+def test_layerskips_dropout_grows():
     # D(l) = 2^(l/4) - 1 = 0, 0.189207, 0.414214, 0.681793, 1
     depth = np.array([0, 0.1892071, 0.4142136, 0.6817928, 1])
     assert dropouts(LAYERSKIP["continual"], 17) == pytest.approx(0.1 * depth, abs=1e-7)
@@ -48,10 +48,9 @@ def test_the_other_recipes_drop_as_published():
     assert dropouts(RECIPES["plain"], 50) == dropouts(RECIPES["lite"], 50) == [0] * 5
     # theta(t) = 0.5 exp(-100 t / T) + 0.5; T = 101, t = 1: exp(-0.990099) = 0.371540,
     # so theta = 0.685770
-    keep = [1 - (l / 5) * (1 - 0.685770) for l in range(5)]
-    assert [1 - p for p in dropouts(RECIPES["pld"], 1)] == pytest.approx(keep, abs=1e-6)
-    assert dropouts(RECIPES["pld"], 0) == [0] * 5
-    assert dropouts(RECIPES["pld"], 100) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    for t, theta in ((0, 1), (1, 0.685770), (100, 0.5)):
+        wanted = [(l / 5) * (1 - theta) for l in range(5)]
+        assert dropouts(RECIPES["pld"], t) == pytest.approx(wanted, abs=1e-6)
     together = {name for name, r in RECIPES.items() if r.dropout_unit == "batch"}
     assert together == {"layerdrop", "pld"}
     assert [name for name, r in RECIPES.items() if r.rescale] == ["pld"]
@@ -78,7 +77,7 @@ def test_exit_weights_are_layerskips():
     assert found == pytest.approx({2: 0.5 / 6.5, 3: 1.5 / 6.5, 4: 4.5 / 6.5})
 
 
-def test_exit_weights_may_be_uniform_or_the_last_layers_alone():
+def test_exit_weights_may_be_uniform_or_the_lasts():
     found = weights_of(0, 4, exits="1,3", rotation=1, e_scale=0.25, uniform_exits=True)
     assert found == pytest.approx({1: 1 / 6, 3: 1 / 6, 4: 4 / 6})
     eighths = dict.fromkeys((8, 12, 16, 20, 24, 28, 32), 1 / 7)
@@ -94,7 +93,7 @@ def test_rotation_trains_each_exit_once_a_period():
     assert once == [{2, 5}, {3, 5}, {4, 5}, {2, 5}]
 
 
-def test_the_gradual_curriculum_adds_a_layer_every_t_over_2l_steps():
+def test_the_gradual_curriculum_adds_layers():
     gradual = dict(exits="all", curriculum="gradual", uniform_exits=True)
     active = [sorted(weights_of(t, 4, 80, **gradual)) for t in (0, 9, 10, 20, 30, 79)]
     assert active == [[4], [4], [3, 4], [2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
@@ -137,18 +136,13 @@ def test_a_skipped_sample_passes_unchanged():
 
 
 def test_skipped_samples_do_not_pay_for_the_layer():
-    seen = []
-
-    def layer(h, cos, sin):
-        seen.append(len(h))
-        return h
-
+    seen, layer = [], lambda h, cos, sin: seen.append(len(h)) or h
     for mask in ([True] * 4, [True, False, False, True], [False] * 4):
         train.run_with_dropout(layer, torch.zeros(4, 2, 3), None, None, torch.tensor(mask))
     assert seen == [4, 2, 0]
 
 
-def test_a_layer_that_all_samples_skip_does_not_run():
+def test_a_layer_that_all_skip_does_not_run():
     model, seen = tiny_model(tiny_config()), []
     x, mask = torch.randint(61, (3, 7)), np.ones((4, 3), bool)
     mask[2] = False
@@ -158,7 +152,7 @@ def test_a_layer_that_all_samples_skip_does_not_run():
     assert seen == [0, 1, 3]
 
 
-def test_the_share_of_kept_samples_is_the_schedules():
+def test_samples_are_kept_as_scheduled():
     """8 samples, 5 layers, 400 steps: the mean per layer lies within four standard errors."""
     drop = [0.0, 0.1, 0.3, 0.6, 0.9]
     drawn = {
@@ -187,7 +181,7 @@ ALL = {1: 0.2, 2: 0.2, 3: 0.2, 4: 0.4}
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_loss_and_its_gradient_are_the_formulas(tied, monkeypatch):
+def test_loss_and_gradient_are_the_formulas(tied, monkeypatch):
     monkeypatch.setattr(train, "LOGITS", 61 * 5)  # five rows at a time
     model = tiny_model(tiny_config(tied=tied))
     x, y = torch.randint(61, (3, 7)), torch.randint(61, (3, 7))
@@ -212,7 +206,7 @@ def test_the_loss_and_its_gradient_are_the_formulas(tied, monkeypatch):
         assert found[name].abs().max() > 0 and torch.allclose(p.grad, found[name], atol=1e-4), name
 
 
-def test_there_is_one_set_of_logits_whatever_the_number_of_exits(monkeypatch):
+def test_there_is_one_set_of_logits_for_all_exits(monkeypatch):
     """Each exit's rows are unembedded ten at a time, and again for the backward pass."""
     monkeypatch.setattr(train, "LOGITS", 61 * 10)
     model, sizes = tiny_model(tiny_config()), []
@@ -240,15 +234,13 @@ def test_a_packed_model_does_not_train():
 # Data
 
 
-def tokens_of(path, ids, mask=None) -> data.Tokens:
-    np.array(ids, dtype=np.uint16).tofile(path / "some.bin")
-    if mask is not None:
-        np.array(mask, dtype=np.bool_).tofile(path / "some.mask")
+def tokens_of(path) -> data.Tokens:
+    np.arange(10_000, dtype=np.uint16).tofile(path / "some.bin")
     return data.Tokens(path / "some.bin", 1 << 16)
 
 
 def test_crops_are_a_function_of_seed_and_step(tmp_path):
-    tokens = tokens_of(tmp_path, np.arange(10_000))
+    tokens = tokens_of(tmp_path)
     x, y = tokens.crops(4, 16, seed=1, step=7)
     assert torch.equal(x[:, 1:], y[:, :-1]) and x.shape == y.shape == (4, 16)
     assert torch.equal(x, tokens.crops(4, 16, 1, 7)[0])
@@ -258,11 +250,9 @@ def test_crops_are_a_function_of_seed_and_step(tmp_path):
 
 
 def test_nothing_is_learned_of_a_prompt(tokenizer, tmp_path):
-    rows = [{"prompt": f"add {n} and {n}: ", "completion": f"it is {2 * n}"} for n in range(200)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    documents = data.read_corpus([str(tmp_path / "pairs.jsonl")])
-    trained, held_out = data.write_tokens(documents, tokenizer, tmp_path)
-    assert len(trained) + len(held_out) == len(trained.learned) + len(held_out.learned)
+    rows = (dict(prompt=f"add {n} and {n}: ", completion=f"it is {2 * n}") for n in range(200))
+    file = write_rows(tmp_path / "pairs.jsonl", rows)
+    trained, _ = data.write_tokens(data.read_corpus([str(file)]), tokenizer, tmp_path)
     kinds = trained.ids[trained.learned], trained.ids
     learned, whole = (tokenizer.decode(ids.tolist()) for ids in kinds)
     assert "it is 20" in learned and "add" not in learned and "add" in whole
@@ -271,28 +261,11 @@ def test_nothing_is_learned_of_a_prompt(tokenizer, tmp_path):
     assert (~counted).any() and torch.equal(y[:, :-1][counted], x[:, 1:][counted])
 
 
-def test_text_and_directories_stream_in_as_documents(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.md").write_text("directory text")
-    (tmp_path / "a" / "y.bin").write_bytes(b"\xff\xfe\x00")
+def test_a_long_text_comes_in_documents(tmp_path):
     (tmp_path / "long.txt").write_text("a line of text\n" * 20_000)
-    first, *rest = data.read_corpus([str(tmp_path / "a"), str(tmp_path / "long.txt")])
-    assert first == data.Document("a/x.md", "directory text")
-    assert len(rest) > 3 and any(d.held_out for d in rest)
-    assert "".join(d.text for d in rest) == "a line of text\n" * 20_000
-
-
-LINES = [b'{"text": 3}\n', b"no json\n", b'{"prompt": "a"}\n']
-UNUSABLE = [("none.txt", None), ("a.txt", b"\xff\xfe"), *(("a.jsonl", line) for line in LINES)]
-
-
-@pytest.mark.parametrize("bad, text", UNUSABLE)
-def test_data_that_cannot_be_used_is_one_line(tmp_path, bad, text):
-    if text is not None:
-        (tmp_path / bad).write_bytes(text)
-    with pytest.raises(ValueError, match=bad) as refused:
-        list(data.read_corpus([str(tmp_path / bad)]))
-    assert "\n" not in str(refused.value)
+    found = list(data.read_corpus([str(tmp_path / "long.txt")]))
+    assert len(found) > 3 and any(d.held_out for d in found)
+    assert "".join(d.text for d in found) == "a line of text\n" * 20_000
 
 
 def test_held_out_documents_are_never_trained_on(tokenizer, tmp_path):
@@ -306,7 +279,7 @@ def test_held_out_documents_are_never_trained_on(tokenizer, tmp_path):
     assert len(trained) > 8 * len(held_out) > 0
 
 
-def test_a_vocabulary_that_cannot_be_trained_leaves_nothing(tmp_path):
+def test_an_impossible_vocabulary_leaves_nothing(tmp_path):
     with pytest.raises(ValueError) as refused:
         data.train_tokenizer(["abc"], 100, tmp_path / "tokenizer.model")
     assert "\n" not in str(refused.value) and not list(tmp_path.iterdir())
@@ -319,77 +292,92 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     return data.train_tokenizer(texts, 600, path)
 
 
-@settings(max_examples=200)
 @given(st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"])))
-def test_the_trained_tokenizer_gives_back_every_text(tokenizer, text):
+def test_the_tokenizer_gives_back_every_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_source_files_survive_the_tokenizer(tokenizer):
-    for d in data.read_files(data.stdlib_files()[40:60]):
-        assert tokenizer.decode(tokenizer.encode(d.text)) == d.text
 
 
 # --------------------------------------
 # Runs
 
+FEW = "--data tests --batch 2 --seq 32 --steps 3"
 
-def run_train(monkeypatch, out, *options) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(out), "--no-compile", *options])
+
+def train_as(patch, out, options: str, shape=SHAPE) -> None:
+    """train.py with these options."""
+    words = ["train.py", "--out", str(out), "--no-compile", *options.split(), *shape]
+    patch.setattr(sys, "argv", words)
     train_command.main()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_trains_and_its_checkpoint_loads(tmp_path, monkeypatch, recipe):
-    (tmp_path / "text").mkdir()
+@pytest.fixture
+def run(monkeypatch):
+    return partial(train_as, monkeypatch)
+
+
+@pytest.fixture
+def refused(run, capsys):
+    """What the one line says that a run which cannot be ends with."""
+
+    def call(*how) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run(*how)
+        err = capsys.readouterr().err
+        last = err.splitlines()[-1]
+        assert stop.value.code == 2 and last.startswith("train.py: ") and "Traceback" not in err
+        return last
+
+    return call
+
+
+def rows_of(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def record_of(out) -> dict:
+    return json.loads((out / "training.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
     for number, d in enumerate(data.read_files(data.stdlib_files()[:60])):
-        (tmp_path / "text" / f"{number}.py").write_text(d.text)
-    options = f"--recipe {recipe} --data {tmp_path}/text --steps 30 --batch 2 --seq 32 --lr 3e-3"
-    run_train(monkeypatch, tmp_path, *options.split(), *SHAPE)
-    model, record = load_checkpoint(tmp_path), json.loads((tmp_path / "training.json").read_text())
+        (folder / f"{number}.py").write_text(d.text)
+    return folder
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_trains(tmp_path, text, run, recipe):
+    run(tmp_path, f"--recipe {recipe} --data {text} --steps 30 --batch 2 --seq 32 --lr 3e-3")
+    model, record = load_checkpoint(tmp_path), record_of(tmp_path)
     assert model.config.n_layers == 3 and model.dtype == torch.bfloat16
     assert record["steps"] == 30 and record["recipe"]["p_max"] == RECIPES[recipe].p_max
     exits = [str(exit) for exit in train.exit_layers(RECIPES[recipe], 3) or (1, 2)]
     assert list(record["held_out"]) == [*exits, "3"]
     assert record["held_out"]["3"]["agreement"] == 1.0
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "metrics.jsonl")
     losses = [row["losses"]["3"] for row in rows if "losses" in row]
     assert len(losses) == 30 and np.mean(losses[-5:]) < losses[0] - 0.02
 
 
-def test_a_checkpoint_is_trained_further(tmp_path, monkeypatch):
+def test_a_checkpoint_is_trained_further(tmp_path, run):
     pairs = (dict(prompt=f"{n} + {n} = ", completion=f"{n + n}\n") for n in range(900))
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    common = f"--data {tmp_path}/pairs.jsonl --batch 2 --seq 32".split()
+    common = f"--data {write_rows(tmp_path / 'pairs.jsonl', pairs)} --batch 2 --seq 32"
     first, second = tmp_path / "first", tmp_path / "second"
-    run_train(monkeypatch, first, *common, "--steps=3", *config_option(**SMALL, vocab_size=275))
-    further = f"--steps 2 --init {first} --phase finetune --lr 1e-12".split()
-    run_train(monkeypatch, second, *common, *further)
+    run(first, common + " --steps 3", config_option(**SMALL, vocab_size=275))
+    run(second, f"{common} --steps 2 --init {first} --phase finetune --lr 1e-12", ())
     one, two = load_checkpoint(first), load_checkpoint(second)
     assert one.config == two.config
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
     assert len({(run / "tokenizer.model").read_bytes() for run in (first, second)}) == 1
-    record = json.loads((second / "training.json").read_text())
+    record = record_of(second)
     assert record["recipe"]["e_scale"] == 1.0
-    begun = json.loads((second / "metrics.jsonl").read_text().splitlines()[0])
+    begun = rows_of(second / "metrics.jsonl")[0]
     assert begun == {"step": 0, "held_out": record["held_out"]}  # it has learned nothing since
 
 
-FEW = "--data tests --batch 2 --seq 32".split()
-
-
-def refused(monkeypatch, capsys, out, *options) -> str:
-    """The one line that a run which cannot be ends with."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run_train(monkeypatch, out, *options)
-    err = capsys.readouterr().err
-    last = err.splitlines()[-1]
-    assert stop.value.code == 2 and last.startswith("train.py: ") and "Traceback" not in err
-    return last
-
-
-def test_a_loss_that_is_not_finite_leaves_the_last_state(tmp_path, monkeypatch, capsys):
+def test_an_infinite_loss_leaves_the_last_state(tmp_path, monkeypatch, refused):
     whole = train.Trainer.train_step
 
     def poisoned(trainer):
@@ -398,21 +386,23 @@ def test_a_loss_that_is_not_finite_leaves_the_last_state(tmp_path, monkeypatch, 
         return whole(trainer)
 
     monkeypatch.setattr(train.Trainer, "train_step", poisoned)
-    last = refused(monkeypatch, capsys, tmp_path, *FEW, "--steps", "6", "--save-every", "2", *SHAPE)
-    assert "step 4" in last
-    assert json.loads((tmp_path / "training.json").read_text())["steps"] == 2
+    assert "step 4" in refused(tmp_path, FEW + " --steps 6 --save-every 2")
+    assert record_of(tmp_path)["steps"] == 2
     assert all(p.isfinite().all() for p in load_checkpoint(tmp_path).parameters())
+
+
+def contents(path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 FOREIGN = ["model.safetensors", "params.json", "tokenizer.json", "x.safetensors"]
 
 
 @pytest.mark.parametrize("foreign", FOREIGN)
-def test_a_checkpoint_that_no_run_made_is_not_written_over(tmp_path, monkeypatch, capsys, foreign):
+def test_foreign_files_are_not_written_over(tmp_path, refused, foreign):
     (tmp_path / foreign).write_bytes(b"somebody's")
-    assert "choose another --out" in refused(monkeypatch, capsys, tmp_path, *FEW, *SHAPE)
-    assert [p.name for p in tmp_path.iterdir()] == [foreign]
-    assert (tmp_path / foreign).read_bytes() == b"somebody's"
+    assert "choose another --out" in refused(tmp_path, FEW)
+    assert contents(tmp_path) == {foreign: b"somebody's"}
 
 
 @pytest.fixture(scope="module")
@@ -420,8 +410,14 @@ def trained(tmp_path_factory):
     """The directory of a run of three steps."""
     out = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        run_train(patch, out, *FEW, "--steps", "3", *SHAPE)
+        train_as(patch, out, FEW)
     return out
+
+
+@pytest.fixture
+def again(trained, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 LAYOUTS = [
@@ -432,20 +428,19 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("weights, config", LAYOUTS)
-def test_nothing_of_init_is_lost(trained, tmp_path, monkeypatch, capsys, weights, config):
+def test_nothing_of_init_is_lost(trained, tmp_path, refused, weights, config):
     shutil.copy(trained / "tokenizer.model", tmp_path)
     shutil.copy(trained / "model.safetensors", tmp_path / weights)
     shutil.copy(trained / "config.json", tmp_path / config)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    refused(monkeypatch, capsys, tmp_path, *FEW, "--init", str(tmp_path), "--steps", "2")
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    before = contents(tmp_path)
+    refused(tmp_path, f"{FEW} --init {tmp_path}", ())
+    assert contents(tmp_path) == before
 
 
-def test_a_second_run_in_one_directory_is_refused(trained, monkeypatch, capsys):
-    first = RunDirectory(trained, None)
+def test_a_second_run_in_one_directory_is_refused(again, refused):
+    first = RunDirectory(again, None)
     first.lock()
-    last = refused(monkeypatch, capsys, trained, *FEW, "--steps", "3", *SHAPE)
-    assert "another run trains" in last
+    assert "another run trains" in refused(again, FEW)
     first.locked.close()
 
 
@@ -459,63 +454,50 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("name, content", DAMAGED)
-def test_a_damaged_file_is_one_line(trained, tmp_path, monkeypatch, capsys, name, content):
-    run = shutil.copytree(trained, tmp_path / "run")
-    (run / name).write_bytes(content)
+def test_a_damaged_file_is_one_line(again, refused, name, content):
+    (again / name).write_bytes(content)
     if content[:1] == b"\xff":
-        (run / "state.safetensors").unlink()
-    last = refused(monkeypatch, capsys, run, *FEW, "--steps", "3", *SHAPE)
+        (again / "state.safetensors").unlink()
+    last = refused(again, FEW)
     assert name in last or "choose another --out" in last
 
 
-@pytest.mark.parametrize("about", ["", "[]", '{"step": "1", "steps": 3, "settings": {}}'])
-def test_a_state_without_its_step_is_one_line(trained, tmp_path, monkeypatch, capsys, about):
-    run = shutil.copytree(trained, tmp_path / "run")
-    state = run / "state.safetensors"
-    save_file(load_file(state), state, {"run": about})
-    last = refused(monkeypatch, capsys, run, *FEW, "--steps", "3", *SHAPE)
-    assert "state.safetensors is damaged" in last
-
-
-def test_damaged_rows_of_metrics_are_dropped(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained, tmp_path / "run")
-    metrics = tmp_path / "run" / "metrics.jsonl"
+def test_damaged_rows_of_metrics_are_dropped(again, run):
+    metrics = again / "metrics.jsonl"
     whole = metrics.read_text()
     metrics.write_text("{}\n" + whole + '{"step": 99}\n{"step"')
-    run_train(monkeypatch, tmp_path / "run", *FEW, "--steps", "3", *SHAPE)
+    run(again, FEW)
     assert metrics.read_text() == whole
 
 
-def test_what_cannot_be_allocated_is_one_line(tmp_path, monkeypatch, capsys):
-    huge = config_option(**SMALL | dict(dim=10**6, hidden_dim=10**6), vocab_size=400)
-    refused(monkeypatch, capsys, tmp_path / "run", *FEW, "--steps", "2", *huge)
+def test_what_cannot_be_allocated_is_one_line(tmp_path, refused):
+    huge = dict(dim=10**6, hidden_dim=10**6, vocab_size=400)
+    refused(tmp_path / "run", FEW, config_option(**SMALL | huge))
 
 
-def test_a_run_that_ended_in_its_data_starts_again(tmp_path, monkeypatch, capsys):
+def test_a_run_that_ended_in_its_data_starts_again(tmp_path, run, refused):
     short = tmp_path / "short.txt"
     short.write_text("x = 1\n" * 400)
-    common = ["--batch", "2", "--seq", "32", *SHAPE, "--steps", "2"]
-    refused(monkeypatch, capsys, tmp_path / "run", "--data", str(short), *common)
+    refused(tmp_path / "run", f"{FEW} --data {short}")
     (tmp_path / "run" / "tokenizer.model").write_bytes(b"half of")
-    run_train(monkeypatch, tmp_path / "run", *common, "--data", "tests")
+    run(tmp_path / "run", FEW)
     assert load_checkpoint(tmp_path / "run").config.n_layers == 3
 
 
-BAD = """--steps 0|--exits 24|--exits a|--exits 0|--p-max 1|--rotation -1|--seq 600
+BAD = """--steps 0|--exits 24|--exits a|--p-max 1|--rotation -1|--seq 600
 --config no.json|--config tests|--e-scale nan|--batch 3 --accumulate 2|--lr 0|--seed -1
 --recipe lite --phase finetune|--config {one}|--config {odd}|--data no/such
 --init no/such"""
 
 
 @pytest.mark.parametrize("bad", BAD.replace("\n", "|").split("|"))
-def test_bad_settings_are_one_line_and_no_checkpoint(tmp_path, monkeypatch, capsys, bad):
-    tokens = tokens_of(tmp_path, [0] * 9999)
-    special = type("T", (), dict(vocab_size=400, bos=1, eos=2))
+def test_bad_settings_are_one_line(tmp_path, monkeypatch, refused, bad):
+    tokens, special = tokens_of(tmp_path), SimpleNamespace(vocab_size=400, bos=1, eos=2)
     if "--data" not in bad:
         made = lambda *_: (tokens, tokens, special)
         monkeypatch.setattr(RunDirectory, "prepare_data", made)
     one, odd = (config_option(**SMALL | x)[1] for x in (dict(n_layers=1), dict(dim=-1)))
-    last = refused(monkeypatch, capsys, tmp_path / "run", *bad.format(one=one, odd=odd).split())
+    last = refused(tmp_path / "run", bad.format(one=one, odd=odd), ())
     words = [word.strip("-") for word in bad.split() if len(word) > 2]
     assert any(word in last for word in (*words, "model of one layer"))
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -29,8 +29,5 @@ def test_every_block_prints_what_stands_below_it(monkeypatch, gradients):
         assert out.getvalue() == printed, f"block {number}"
 
 
-def test_every_block_has_its_output_and_all_are_short():
+def test_every_block_has_its_output():
     assert len(BLOCKS) == TEXT.count("```python\n") > 8
-    lines = [line for code, _ in BLOCKS for line in code.split("\n") if line.strip()]
-    assert len(lines) <= 50
-    assert [line for line in lines if len(line) > 100] == []
