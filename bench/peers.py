@@ -71,7 +71,7 @@ def peers(args: Namespace) -> list[Table]:
 
 @torch.inference_mode()
 def apart(t: Namespace, name: str, read: dict, kept: dict, get: Callable, go: Callable) -> Totals:
-    """New tokens after all prompts, and their seconds; in read[name], those of reading."""
+    """New tokens after all prompts and their seconds; in read[name], those of reading."""
     total, seconds = Totals(), 0.0
     for number, prompt in enumerate(t.prompts):
         began = perf_counter()
@@ -86,7 +86,7 @@ def apart(t: Namespace, name: str, read: dict, kept: dict, get: Callable, go: Ca
 
 
 def ours(model: Llama, length: int, settings: dict) -> Peer:
-    """This code's generate, with a cache that is kept."""
+    """generate, with a cache that is kept."""
 
     def get(prompt: Ids) -> KVQCache:
         kept = new_cache(model, length, MAX_ROWS - 1)
