@@ -38,10 +38,14 @@ RUN = {  # command: options that follow it here, so that it ends soon
     'python -m extras.lens --prompt "with open(path" --max-new-tokens 8 --png docs/lens.png': "",
     "python train.py --out runs/small --steps 500": TINY,
     "python decode.py --ckpt runs/small --compare": SHORT,
+    "python -m extras.evaluate --data README.md --png exits.png": "--exits 6 --limit 1",
+    "python -m extras.curves runs/small --png curves.png": "",
 }
 NOT_RUN = {  # command: why
     "python decode.py --compile --compare": "compiles for a minute",
     "python -m bench speedup --prompts 3 --runs 3 --tokens 128": "test_bench.py runs it, smaller",
+    "python -m bench sweep --prompts-file prompts.jsonl --png sweep.png": "test_sweep.py does",
+    "torchrun --nproc-per-node N decode.py": "test_parallel.py does",
     "make demo": "installs, then runs the first command",
     "make test": "runs this",
     "make parity": "needs transformers",
@@ -131,6 +135,7 @@ def folder(tmp_path_factory) -> Path:
     for number in range(60):  # a document's part, train or held out, is drawn by its name
         text = "def f(x):\n    return x + 1\n\n\n" * 20
         (path / "corpus" / f"{number}.py").write_text(text)
+    (path / "README.md").write_text(README, encoding="utf-8")
     return path
 
 
@@ -149,7 +154,7 @@ def test_every_command_of_the_readme_parses(monkeypatch):
 @pytest.mark.parametrize("command", RUN)
 def test_commands_run(command, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    if "--ckpt runs/small" in command and not (folder / "runs" / "small").exists():
+    if "runs/small" in command and not (folder / "runs" / "small").exists():
         train = next(c for c in RUN if "--out runs/small" in c)
         assert run_command(f"{train} {RUN[train]}", monkeypatch) == 0
     code = run_command(f"{command} {RUN[command]}", monkeypatch)
