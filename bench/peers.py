@@ -1,5 +1,6 @@
 """This code beside other programs: peers, train."""
 
+import re
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
@@ -17,38 +18,35 @@ import torch
 from torch import Tensor
 
 from bench.common import Table, Works, compare, decode_all, engine, installed, target, title
+from bench.contexts import long_prompts
 from bench.decoding import named
-from bench.tasks import held_out_prompts
 from cache import KVQCache
 from decode import new_cache
 from exact import MAX_ROWS
-from extras.chat import Chat
 from model import Llama, prefill, rotary_frequencies, save_checkpoint
 from support.checkpoint import read_json
 from support.console import Totals
 from support.runs import RunDirectory
-from support.tokenizer import Tokenizer
 from support.train_command import compile, parser, prepare
 
-# read(prompt) -> what is kept of it; go(that, prompt, count) -> new tokens
-Peer = tuple[Callable[[list[int]], Any], Callable[[Any, list[int], int], Totals]]
+Ids = list[int]
+Peer = tuple[Callable[[Ids], Any], Callable[[Any, Ids, int], Totals]]  # read once; decode
 
 
 def peers(args: Namespace) -> list[Table]:
     """transformers and llama.cpp on the same weights and prompts, plain and drafted.
 
-    Greedy, with the same type, threads and draft. Prompts are read apart: tokens/s is of new tokens
-    alone. Drafted text is compared with the same program's plain text, and that with this code's.
-    Random weights decode plainly: their exits foresee nothing. --context: prompts of so many
-    tokens; edits ask to repeat a text, and begin the answer. transformers drafts after short
-    prompts alone, because its drafts read them anew.
+    Greedy, with the same type, threads and draft. tokens/s is of new tokens: prompts are read once,
+    before. transformers' drafts read them anew, so it drafts without --context alone. Drafted text
+    is compared with the program's plain text, and that with this code's. Random weights decode
+    plainly.
     """
     t = target(Namespace(**vars(args) | ({"task": "code"} if args.context else {})))
-    model, ways, plain = t.load(t.dtype), dict[str, Peer](), {"plain": dict[str, Any]()}
+    model, ways, kinds = t.load(t.dtype), dict[str, Peer](), {"plain": dict[str, Any]()}
     if t.context:
         t.prompts = long_prompts(t, args.task, model.config.max_len)
-    drafted = {} if t.shape else {"drafted": t.settings}
-    kinds = plain | ({} if t.shape else drafted | named(t, ["lookup"]))
+    if not t.shape:  # whose exits foresee nothing
+        kinds |= {"drafted": t.settings, **named(t, ["lookup"])}
     length = max(map(len, t.prompts)) + t.tokens
     for compiled in ["", ", compiled"] if t.compile else [""]:
         own = engine(t, t.load(t.dtype), bool(compiled))
@@ -57,72 +55,50 @@ def peers(args: Namespace) -> list[Table]:
         folder = Path(name)
         if installed("transformers"):
             save_checkpoint(model, folder)
-            for k, settings in (plain if t.context else plain | drafted).items():
-                ways[f"transformers, {k}"] = transformers_of(folder, t, settings)
+            for k in [*kinds][: 1 if t.context else 2]:
+                ways[f"transformers, {k}"] = transformers_of(folder, t, kinds[k])
         if t.device.type == "cpu" and installed("llama_cpp") and installed("gguf"):
             write_gguf(model, folder / "gguf")
             ways["llama.cpp, plain"] = llama_cpp_of(folder / "gguf", length)
-    seconds: dict[str, float] = {}
-    works: Works = {
-        n: partial(apart, t, partial(seconds.setdefault, n), {}, *ways[n]) for n in ways
-    }
-    same = {n: n.replace("drafted", "plain").replace("lookup", "plain") for n in works}
+    read: dict[str, float] = {}
+    works: Works = {name: partial(apart, t, name, read, {}, *way) for name, way in ways.items()}
+    same = {n: re.sub("drafted|lookup", "plain", n) for n in works}
     same |= {n: "this code, plain" for n in works if n.endswith("plain")}
     rows = compare(works, t.runs, same, equal="same text")
-    about = title(t, f"{args.task} after {len(t.prompts[0])} tokens")
-    return [(about, [row | {"s to read": seconds[row["way"]]} for row in rows])]
-
-
-def long_prompts(t: Namespace, task: str, most: int) -> list[list[int]]:
-    """Prompts of --context tokens, or nearly. Raises ValueError where the model takes fewer."""
-    if t.context + t.tokens > most:
-        raise ValueError(f"--context and --tokens are more than the {most} that the model takes")
-    if t.shape:
-        return [(prompt * t.context)[: t.context] for prompt in t.prompts]
-    tokenizer = Tokenizer(t.ckpt)
-    found = held_out_prompts(len(t.prompts), tokenizer, t.context)
-    if task == "edit":
-        chat = (t.ckpt / "chat_template.jinja").exists()
-        ask: Callable[[str], list[int]] = Chat(t.ckpt).ask if chat else tokenizer.encode
-        request = "Repeat this, but write `this` for `self`:\n\n"
-        for number, ids in enumerate(found):
-            start = tokenizer.decode(ids[: t.context // 8]).replace("self", "this")
-            answer = tokenizer.encode(start, bos=False)
-            shown = tokenizer.decode(ids[: t.context - len(ask(request)) - len(answer)])
-            found[number] = (ask(request + shown) + answer)[: t.context]
-    return found
+    rows = [row | {"s to read": read[row["way"]]} for row in rows]
+    return [(title(t, f"{args.task} after {len(t.prompts[0])} tokens"), rows)]
 
 
 @torch.inference_mode()
-def apart(t: Namespace, note: Callable, kept: dict, read: Callable, go: Callable) -> Totals:
-    """New tokens after all prompts, and their seconds. Notes the seconds of reading, once."""
+def apart(t: Namespace, name: str, read: dict, kept: dict, get: Callable, go: Callable) -> Totals:
+    """New tokens after all prompts and their seconds; in read[name], those of reading."""
     total, seconds = Totals(), 0.0
     for number, prompt in enumerate(t.prompts):
         began = perf_counter()
-        kept[number] = kept.get(number) or read(prompt)
+        kept[number] = kept.get(number) or get(prompt)
         started = perf_counter()
         made = go(kept[number], prompt, t.tokens)
         total.times.append(perf_counter() - started)
         total.ids, total.rounds = total.ids + made.ids, total.rounds + made.rounds
         seconds += started - began
-    note(seconds)
+    read.setdefault(name, seconds)
     return total
 
 
 def ours(model: Llama, length: int, settings: dict) -> Peer:
-    """This code's generate, with a cache that is kept."""
+    """generate, with a cache that is kept."""
 
-    def read(prompt: list[int]) -> KVQCache:
+    def get(prompt: Ids) -> KVQCache:
         kept = new_cache(model, length, MAX_ROWS - 1)
         prefill(model, kept, prompt[:-1])
         return kept
 
-    def go(kept: KVQCache, prompt: list[int], count: int) -> Totals:
+    def go(kept: KVQCache, prompt: Ids, count: int) -> Totals:
         kept.rewind(len(prompt) - 1)
         with patch.multiple("decode", new_cache=lambda *_: kept, prefill=lambda *_: None):
             return decode_all(model, [prompt], count, **settings)
 
-    return read, go
+    return get, go
 
 
 def transformers_of(folder: Path, t: Namespace, settings: dict) -> Peer:
@@ -139,18 +115,18 @@ def transformers_of(folder: Path, t: Namespace, settings: dict) -> Peer:
         how["assistant_confidence_threshold"] = settings["min_confidence"]
     theirs.to(t.device).generation_config = transformers.GenerationConfig(**how)
 
-    def read(prompt: list[int]) -> Any:
-        kept, ids = transformers.DynamicCache(), torch.tensor([prompt[:-1]], device=t.device)
-        return None if settings else theirs(ids, past_key_values=kept, logits_to_keep=1)[1]
+    def get(prompt: Ids) -> Any:
+        ids = torch.tensor([prompt[:-1]], device=t.device)
+        return None if settings else theirs(ids, use_cache=True, logits_to_keep=1).past_key_values
 
-    def go(kept: Any, prompt: list[int], count: int) -> Totals:
+    def go(kept: Any, prompt: Ids, count: int) -> Totals:
         ids = torch.tensor([prompt], device=t.device)
         how = dict(attention_mask=torch.ones_like(ids), past_key_values=kept, max_new_tokens=count)
         if kept:
             kept.crop(len(prompt) - 1 - kept.get_seq_length())
         return Totals(theirs.generate(ids, **how)[0, len(prompt) :].tolist())
 
-    return read, go
+    return get, go
 
 
 def llama_cpp_of(file: Path, length: int) -> Peer:
@@ -159,15 +135,15 @@ def llama_cpp_of(file: Path, length: int) -> Peer:
     how: dict = dict(n_ctx=length, n_threads=threads, n_threads_batch=threads, verbose=False)
     theirs = import_module("llama_cpp").Llama(str(file), **how)
 
-    def read(prompt: list[int]) -> None:  # it holds one prompt, and runs its last token anew
+    def get(prompt: Ids) -> None:  # holds one prompt
         if theirs.input_ids[: len(prompt)].tolist() != prompt:
             theirs.reset()
             theirs.eval(prompt[:-1])
 
-    def go(_: None, prompt: list[int], count: int) -> Totals:
+    def go(_: None, prompt: Ids, count: int) -> Totals:
         return Totals(list(islice(theirs.generate(prompt, temp=0.0), count)))
 
-    return read, go
+    return get, go
 
 
 def write_gguf(model: Llama, file: Path) -> None:

@@ -7,6 +7,7 @@ special tokens are special in its own text alone, not in what a user wrote.
 import json
 import re
 import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -80,8 +81,9 @@ class Chat:
             self.template = engine.from_string(source)
         except TemplateError as error:
             raise ValueError(f"the chat template of {path} is damaged: {error}") from None
-        turns = [dict(role="user", content="a"), dict(role="assistant", content=ANSWER)]
-        _, _, after = self.render(turns, add_generation_prompt=False).partition(ANSWER)
+        turns, after = [dict(role="user", content="a"), dict(role="assistant", content=ANSWER)], ""
+        with suppress(ValueError):  # a template may take one message alone
+            after = self.render(turns, add_generation_prompt=False).partition(ANSWER)[2]
         end = self.special.search(after)
         self.ends = (self.tokenizer.added[end[0]],) if end else ()
 

@@ -4,7 +4,7 @@ python -m extras.evaluate --data FILE --png exits.png
 """
 
 import csv
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from copy import deepcopy
 from functools import cache
 from importlib import import_module
@@ -171,6 +171,7 @@ def task_rows(t: Namespace) -> list[dict]:
     api, evaluator = import_module("lm_eval.api.model"), import_module("lm_eval.evaluator")
     kind: Any = type("Judge", (Judge, api.TemplateLM), {})
     try:  # a task is a program, and may fail in any way
+        progress("lm-eval looks for its tasks")
         own = dict(include_path=t.include_path, include_defaults=not t.include_path)
         tasks = import_module("lm_eval.tasks").TaskManager(**own)
         how, rows = dict(tasks=t.tasks, limit=t.limit, task_manager=tasks), []
@@ -231,12 +232,13 @@ def draw(file: IO[bytes], rows: list[dict]) -> None:
 def main() -> None:
     more = "--exit", "--draft", "--min-confidence", "--full", "--no-verify", "--dtype", "--device"
     p = parser("evaluate", "How good is each exit?", 128, *more)
+    p._option_string_actions["--prompt"].help = SUPPRESS  # it has no meaning here
     add = p.add_mutually_exclusive_group(required=True).add_argument
     add("--data", nargs="+", metavar="FILE", help="texts: loss, agreement, ideal speedup")
     add("--tasks", nargs="+", metavar="NAME", help="tasks of lm-eval")
     add("--summaries", type=Path, metavar="FILE", help="prompts, references: ROUGE, speed")
     add = p.add_argument
-    add("--exits", type=int, nargs="+", default=[], metavar="E", help="of --data: all")
+    add("--exits", type=int, nargs="+", default=[], metavar="E", help="alone; of --data: all")
     add("--include-path", type=Path, metavar="DIR", help="tasks of a folder, not lm-eval's own")
     add("--limit", type=int, default=1 << 30, metavar="N", help="of each, the first N")
     add("--batch", type=int, default=8, metavar="N", help="likelihoods together; %(default)s")
@@ -247,8 +249,8 @@ def main() -> None:
         if min(t.batch, t.limit) < 1:
             raise ValueError("--batch and --limit must be at least 1")
         t.model, t.tokenizer, _, t.settings = start(Namespace(**vars(t), no_exact=True))
-        if not all(0 < e <= t.model.config.n_layers for e in t.exits):
-            raise ValueError(f"--exits must be from 1 to {t.model.config.n_layers}")
+        if not all(0 < e < t.model.config.n_layers for e in t.exits):
+            raise ValueError(f"--exits must be from 1 to {t.model.config.n_layers - 1}")
         rows = (data_rows if t.data else task_rows if t.tasks else summary_rows)(t)
         progress("")
         shown = [{k: v for k, v in row.items() if "_stderr" not in k} for row in rows]

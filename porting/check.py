@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -30,7 +30,7 @@ RULES = {
     "3.2": "live keys and values are those of plain decoding",
     "3.4": "emitted tokens are the verifier's, never the draft's",
     "4.2": "greedy: the largest logit, the lowest index among equals",
-    "4.3": "sampling: argmax(filter(logits / T) + g(seed, position of the token))",
+    "4.3": "sampling: argmax(filter(logits / T) + g(seed, position of the token)), g as in 4.4",
     "4.3.1": "the k largest logits are kept, and what equals the last of them",
     "4.3.2": "of what is left, renormalised, the likeliest are kept until their sum reaches top p",
     "5.0": "a round drafts at most limit = min(d, end - n - 1) tokens",
@@ -38,7 +38,7 @@ RULES = {
     "5.1.2": "q_i is the hidden state that enters layer E",
     "5.1.3": "drafting stops at the limit and after EOS, no sooner and no later",
     "5.1.4": "drafting stops where the exit's top probability is at or below the threshold",
-    "5.2": "rows q_0..q_k go through layers E..L-1 at positions n-1..n-1+k",
+    "5.2": "row q_i goes through layers E..L-1 at position n-1+i, and sees none after it",
     "5.2.1": "verification does not run layers 0..E-1 again",
     "5.3": "the verifier's tokens are emitted up to and with the first that was not foreseen",
     "5.4": "length grows by the number of emitted tokens",
@@ -164,6 +164,7 @@ class Case:
     def __init__(self, traced: dict, golden: dict, vectors: dict, report: Report):
         self.traced, self.golden, self.report = traced, golden, report
         self.name, self.s, self.tokens = golden["name"], golden["settings"], golden["prompt"]
+        self.label = self.name
         self.folder = GOLDEN / golden.get("model", "model")
         c = json.loads((self.folder / "config.json").read_text())
         self.layers, context = c["num_hidden_layers"], c["max_position_embeddings"]
@@ -216,9 +217,13 @@ class Case:
         hint = self.asks if rule in ("5.1.2", "5.2") else ""
         hint = " (as near as with angles formed in float64: 11.4)" if near else hint
         rule = "1.3" if near else rule
-        broken = Broken(rule, expected, f"{found[at]:.9g}{hint}", *where)
-        broken.row, broken.error = found, float(off.max())
-        raise broken
+        found_at = f"{found[at]:.9g}{hint}", *where, self.label, found, float(off.max())
+        raise Broken(rule, expected, *found_at)
+
+    def fail(self, rule: str, expected: object, found: object, *where: Any) -> NoReturn:
+        """Raises Broken. where: layer and position, as far as known."""
+        layer, position = (*where, None, None)[:2]
+        raise Broken(rule, expected, found, self.number, layer, position, self.label)
 
     def walk(self) -> None:
         """All rounds, and what is live between them."""
@@ -229,19 +234,18 @@ class Case:
 
     def step(self, r: dict) -> None:
         """The next round."""
-        n, drafts, g = len(self.tokens), self.s["exit_layer"], self.now
-        number = self.number
+        n, drafts, g, number = len(self.tokens), self.s["exit_layer"], self.now, self.number
         if g is None:
             rule = "7.1" if self.tokens[-1] in self.eos else self.cap
-            raise Broken(rule, "the end of the text", "another round", number, None, n)
+            self.fail(rule, "the end of the text", "another round", None, n)
         if r.get("start", n - 1) != n - 1:
-            raise Broken("3.1" if number else "6.2", n - 1, r["start"], number)
+            self.fail("3.1" if number else "6.2", n - 1, r["start"])
         try:
-            self.draft(number, r, g, n)
+            self.draft(r, g, n)
             if not drafts and r["length"] == g["length"]:  # else 5.4 is the cause
                 self.kept(n - 1, n, "3.2", number)
-            self.verify(number, r, g, n)
-            self.accept(number, r, g, n)
+            self.verify(r, g, n)
+            self.accept(r, g, n)
         except Broken as broken:
             ahead = r["length"] - len(r["emitted"]) - (n - 1)
             if number == 0 and ahead > 0 and broken.rule in ("1.3", "4.2", "4.3", "5.1.2"):
@@ -249,7 +253,7 @@ class Case:
             raise
         if r["length"] != g["length"]:
             ask = " (is length n - 1 after prefill? 6.2)" * (number == 0 and "start" not in r)
-            raise Broken("5.4", g["length"], f"{r['length']}{ask}", number)
+            self.fail("5.4", g["length"], f"{r['length']}{ask}")
         if drafts:
             self.kept(n - 1, g["length"], "3.2", number)
         if g["accepted"] < len(g["drafted"]):
@@ -267,83 +271,77 @@ class Case:
     def finish(self) -> None:
         """After the last round of the trace."""
         if self.now:
-            end = "the end of the text"
-            raise Broken(self.cap, "another round", end, self.number, None, len(self.tokens))
+            self.fail(self.cap, "another round", "the end of the text", None, len(self.tokens))
 
-    def draft(self, number: int, r: dict, g: dict, n: int) -> None:
+    def draft(self, r: dict, g: dict, n: int) -> None:
         """5.0 and 5.1, row by row."""
         drafted, want, e = r["drafted"], g["drafted"], self.s["exit_layer"]
         if not e:
             if drafted or r.get("exit_queries"):
-                raise Broken("7.5", "no drafted tokens and no exit queries", "some", number)
+                self.fail("7.5", "no drafted tokens and no exit queries", "some")
             return
         limit = min(self.s["draft_len"], self.end - n - 1)
         queries = self.array(r, "exit_queries", 0)
         for i in range(len(want) + 1):
             if queries is not None and i < len(queries):
                 golden = self.vectors["exit_queries"][self.row + i]
-                self.compare("5.1.2", f"q_{i}", golden, queries[i], number, e, n - 1 + i)
+                self.compare("5.1.2", f"q_{i}", golden, queries[i], self.number, e, n - 1 + i)
             if i in (len(want), len(drafted)) and len(want) != len(drafted):
                 rule = "5.1.4" if self.s["min_confidence"] else "5.1.3"
                 if i == len(want):  # too late
                     rule = "5.1.3" if i and want[-1] in self.eos else "5.1.4"
                     rule = "5.0" if i == limit else rule
-                expected = f"{len(want)} drafted tokens"
-                raise Broken(rule, expected, len(drafted), number, EXIT, n - 1 + i)
+                self.fail(rule, f"{len(want)} drafted tokens", len(drafted), EXIT, n - 1 + i)
             if i < len(want) and drafted[i] != want[i]:
-                expected = f"drafted token {want[i]}"
-                raise Broken(self.choice, expected, drafted[i], number, EXIT, n + i)
+                self.fail(self.choice, f"drafted token {want[i]}", drafted[i], EXIT, n + i)
         if queries is not None and len(queries) != len(want) + 1:
-            raise Broken("5.1", f"{len(want) + 1} exit queries", len(queries), number, e)
+            self.fail("5.1", f"{len(want) + 1} exit queries", len(queries), e)
 
-    def verify(self, number: int, r: dict, g: dict, n: int) -> None:
+    def verify(self, r: dict, g: dict, n: int) -> None:
         """5.2: runs of layers; logits of the emitted rows at least, of all k + 1 if given."""
         rows, e = len(g["drafted"]) + 1, self.s["exit_layer"]
         self.report.golden["layer_runs"] += 1
         self.report.compared["layer_runs"] += "layer_runs" in r
         runs = r.get("layer_runs", [rows] * self.layers)
         if not whole_numbers(runs) or len(runs) != self.layers:
-            raise Malformed(f"case {self.name}, round {number}: layer_runs is no count per layer")
+            raise Malformed(f"case {self.name}, round {self.number}: layer_runs is no count each")
         for layer, times in enumerate(runs):
             if times != rows:
                 rule = "5.2" if layer >= e else "5.2.1" if times > rows else "5.1"
-                raise Broken(rule, f"{rows} rows through this layer", times, number, layer)
+                self.fail(rule, f"{rows} rows through this layer", times, layer)
         logits = self.array(r, "logits", 0)
         if logits is None:
             return
         if not len(g["emitted"]) <= len(logits) <= rows:
-            raise Broken("5.2", f"logits of {rows} rows", len(logits), number, HEAD)
+            self.fail("5.2", f"logits of {rows} rows", len(logits), HEAD)
         rows_right = "plain-sampled" in self.report.right and "model" not in self.golden
-        rule = "5.2" if e else "6.2" if rows_right and number == 0 < n - 1 else "1.3"
-        several = 1 < rows and self.row == number and "exit_queries" in r and self.report.right
+        rule = "5.2" if e else "6.2" if rows_right and self.number == 0 < n - 1 else "1.3"
         for i, row in enumerate(logits):
-            if several:
-                self.asks = " (does row i see rows after it?)" * (i == 0)
             golden = self.vectors["logits"][self.row + i]
             try:
-                self.compare(rule, f"logits_{i}", golden, row, number, HEAD, n - 1 + i)
+                self.compare(rule, f"logits_{i}", golden, row, self.number, HEAD, n - 1 + i)
             except Broken as broken:
                 if self.stored:  # then the keys and values of every layer are right
                     broken.part = "11.6, or 11.3 in the last layer"
-                    broken.part += "; or does prefill run x_{n-1} too, 6.2?" * (number == 0)
+                    broken.part += "; or does prefill run x_{n-1} too, 6.2?" * (self.number == 0)
                 if "model" in self.golden:
                     broken.part = "11.4.5"  # the other plain cases come before
                 raise
 
-    def accept(self, number: int, r: dict, g: dict, n: int) -> None:
+    def accept(self, r: dict, g: dict, n: int) -> None:
         """3.4, 4, 5.3 and 7.1, token by token."""
         emitted, want = r["emitted"], g["emitted"]
         for i, token in enumerate(want):
             if i == len(emitted):
-                raise Broken("5.3", want, emitted, number, None, n + i)
+                self.fail("5.3", want, emitted, None, n + i)
             if emitted[i] != token:
                 rule = "3.4" if r["drafted"][i : i + 1] == [emitted[i]] else self.choice
-                raise Broken(rule, f"token {token}", emitted[i], number, HEAD, n + i)
+                self.fail(rule, f"token {token}", emitted[i], HEAD, n + i)
         if len(emitted) > len(want):
             rule = "7.1" if want[-1] in self.eos else "5.3"
-            raise Broken(rule, want, emitted, number, None, n + len(want))
+            self.fail(rule, want, emitted, None, n + len(want))
         if r["accepted"] != g["accepted"]:
-            raise Broken("5.3", f"{g['accepted']} accepted", r["accepted"], number)
+            self.fail("5.3", f"{g['accepted']} accepted", r["accepted"])
 
     def kept(self, first: int, last: int, rule: str, number: int | None) -> None:
         """Keys and values that became live at positions first..last-1.
@@ -354,7 +352,7 @@ class Case:
         for kind, x in self.stored.items():
             if x.shape[2] < last:
                 expected = f"{kind} at {self.vectors[kind].shape[2]} positions"
-                raise Broken(rule, expected, x.shape[2], number)
+                self.fail(rule, expected, x.shape[2])
         undrafted = number is None or not self.s["exit_layer"]
         for layer, position in np.ndindex(self.layers, last):
             wrong: list[Broken] = []
@@ -413,6 +411,8 @@ def check(trace: dict, tolerance: float | None = None) -> Report:
         rows = {k: x for k, x in vectors.items() if k.endswith(("logits", "exit_queries"))}
         for traced, group in grouped:
             sequences = {n: Case({}, golden[n], rows, report) for n in group["sequences"]}
+            for name, case in sequences.items():
+                case.label = f"{group['name']}, sequence {name}"
             Batch(traced, group, sequences).walk()
             report.batches += 1
     except Broken as broken:
@@ -423,25 +423,20 @@ def check(trace: dict, tolerance: float | None = None) -> Report:
 def check_cases(cases: list[dict], golden: dict, vectors: dict, report: Report) -> None:
     """Plain cases come first. Raises Broken."""
     order = lambda case: (case["settings"]["exit_layer"] > 0, len(case["prompt"]) > 1)
-    sampled = False  # whether a case before was
     for case in sorted(cases, key=order):
-        name, s, before = case["name"], case["settings"], report.compared["logits"]
+        drafts, before = case["settings"]["exit_layer"] > 0, report.compared["logits"]
         try:
-            Case(case, golden[name], vectors, report).walk()
+            Case(case, golden[case["name"]], vectors, report).walk()
         except Broken as broken:
-            broken.case, rule = name, broken.rule
             more = [k for k, n in report.golden.items() if report.compared[k] < n]
-            more = [k for k in more if (k, rule) != ("filters", "1.3")]
-            more += ["logits of plain cases"] * (s["exit_layer"] > 0 and not report.right)
-            if more and rule in ("1.3", "3.2", "4.2", "4.3", "5.1.2", "5.2", "6.2"):
+            more = [k for k in more if (k, broken.rule) != ("filters", "1.3")]
+            more += ["logits of plain cases"] * (drafts and not report.right)
+            if more and broken.rule in ("1.3", "3.2", "4.2", "4.3", "5.1.2", "5.2", "6.2"):
                 broken.found = f"{broken.found} (nearer the cause: give {', '.join(more)})"
-            if rule == "4.3" and (not sampled or s["seed"] >> 53):
-                broken.found = f"{broken.found} (if logits agree, is g right? 4.4)"
             raise
         report.cases += 1
-        sampled |= s["temperature"] > 0
-        if not s["exit_layer"] and report.compared["logits"] > before:
-            report.right.add(name)
+        if not drafts and report.compared["logits"] > before:
+            report.right.add(case["name"])
 
 
 class Batch:
@@ -471,7 +466,6 @@ class Batch:
                     own = now.pop(name)
                     rule, says = mixed_up(broken, e, own, [*now.values()], self.before[name])
                     broken.rule, broken.found = rule, f"{broken.found}{says}"
-                    self.name(broken, name)
                     raise
                 case = self.cases[name]
                 self.tables[name] = e.get("slots", [])[: e["length"] if case.now else 0]
@@ -484,12 +478,7 @@ class Batch:
             self.cases[name].finish()
         except Broken as broken:
             broken.rule, broken.found = "12.1", f"{broken.found} (by an EOS of another? 12.6)"
-            self.name(broken, name)
             raise
-
-    def name(self, broken: Broken, sequence: str) -> None:
-        """Says where: the rounds are those of the sequence."""
-        broken.case = f"{self.wanted['name']}, sequence {sequence}"
 
     def place(self, e: dict, later: set[str]) -> None:
         """12.10: nobody else is in the lane, and the sequence has not been in another."""
@@ -498,18 +487,12 @@ class Batch:
         if name not in self.lane:
             self.before[name] = self.cases[there[-1]] if there else None
         for other in there:
-            if other not in later:  # it left the lane, not this one came too early
-                self.finish(other)
-        if any(self.cases[other].now for other in there):
-            self.broken("12.10", e, f"lane {lane} is free", f"{there[-1]} in it")
+            if other not in later:
+                self.finish(other)  # it left too early: this one does not come too early
+            elif self.cases[other].now:
+                self.cases[name].fail("12.10", f"lane {lane} is free", f"{other} in it")
         if self.lane.setdefault(name, lane) != lane:
-            self.broken("12.10", e, f"lane {self.lane[name]}", lane)
-
-    def broken(self, rule: str, e: dict, expected: Any, found: Any, at: int | None = None) -> None:
-        """Raises Broken."""
-        broken = Broken(rule, expected, found, self.cases[e["sequence"]].number, None, at)
-        self.name(broken, e["sequence"])
-        raise broken
+            self.cases[name].fail("12.10", f"lane {self.lane[name]}", lane)
 
     def slots(self, e: dict, step: list[dict]) -> None:
         """13.1 to 13.4."""
@@ -521,27 +504,29 @@ class Batch:
         known = self.tables.get(own.name, [])
         rows = len(own.tokens) + len(e["drafted"])
         if len(table) < rows:
-            self.broken("13.2", e, f"start + k + 1 = {rows} slots", len(table))
+            own.fail("13.2", f"start + k + 1 = {rows} slots", len(table))
         if len(set(table)) < len(table) or not all(0 <= slot < count for slot in table):
-            self.broken("13.1", e, f"different slots below {count}", table)
+            own.fail("13.1", f"different slots below {count}", table)
         for p, (before, slot) in enumerate(zip(known, table)):
             if slot != before:
-                self.broken("13.3", e, f"slot {before}", slot, p)
+                own.fail("13.3", f"slot {before}", slot, None, p)
         now = {x["sequence"]: x["slots"] for x in step if "slots" in x}
         for name, other in (self.tables | now).items():
             case = self.cases[name]
-            for q, p in ((q, table.index(slot)) for q, slot in enumerate(other) if slot in table):
+            for q, slot in enumerate(other):
+                if slot not in table or name == own.name:
+                    continue
+                p = table.index(slot)
                 same = p == q and own.tokens[: p + 1] == case.tokens[: p + 1]
-                live = p < min(len(own.tokens), len(case.tokens)) - 1
-                if name == own.name or (live and same):
+                if same and p < min(len(own.tokens), len(case.tokens)) - 1:  # live in both
                     continue
                 kept = q < len(self.tables.get(name, []))  # live since the step before, or longer
-                text, rule = f"slot {table[p]}, of position {q} of {name}", "13.4" if kept else "13.1"
+                rule, text = "13.4" if kept else "13.1", f"slot {slot}, of position {q} of {name}"
                 if table[0] == other[0]:  # meant as a shared prefix
                     rule = "13.5" if same else "13.1"
                     text += "" if same else ", after other tokens (or was it freed too early? 13.4)"
                 if kept or p >= len(known):
-                    self.broken(rule, e, "a free slot", text, p)
+                    own.fail(rule, "a free slot", text, None, p)
 
 
 def mixed_up(broken: Broken, *entry: Any) -> tuple[str, str]:
@@ -597,29 +582,25 @@ def well_formed_batches(
     batches: Any, wanted: list[dict], golden: dict[str, dict]
 ) -> list[tuple[dict, dict]]:
     """The batches of a trace beside the golden ones. Raises Malformed."""
-    names = {group["name"]: group for group in wanted}
-    if not isinstance(batches, list) or not all(isinstance(b, dict) for b in batches):
-        raise Malformed("batches is not a list of batches")
-    for b in batches:
-        group, steps = names.get(str(b.get("name"))), b.get("steps")
-        if group is None or not isinstance(steps, list):
-            raise Malformed(f"not a batch with a name of more-cases.json: {json.dumps(b)[:60]}")
-        for number, step in enumerate(steps):
-            at, seen = f"batch {group['name']}, step {number}", []
-            if not isinstance(step, list) or not all(isinstance(e, dict) for e in step):
-                raise Malformed(f"{at} is not a list of rounds")
-            for e in step:
-                name, lane = e.get("sequence"), e.get("lane")
-                if name not in group["sequences"] or type(lane) is not int:
-                    raise Malformed(f"{at}: {name!r:.40} in lane {lane!r:.40}")
-                if not 0 <= lane < group["lanes"] or not whole_numbers(e.get("slots", [])):
-                    raise Malformed(f"{at}: lane {lane} or its slots")
-                case = {key: golden[name][key] for key in ("name", "prompt", "settings")}
-                well_formed(case | {"rounds": [e]}, golden)
-                seen += [name, lane]
-            if len(set(seen)) < len(seen):
-                raise Malformed(f"{at} has a lane or a sequence twice")
-    return [(b, names[b["name"]]) for b in batches]
+    names, found = {group["name"]: group for group in wanted}, []
+    try:
+        for b in batches:
+            group = names[b["name"]]
+            for number, step in enumerate(b["steps"]):
+                at = f"batch {group['name']}, step {number}"
+                for e in step:
+                    name, lane = e["sequence"], e["lane"]
+                    inside = name in group["sequences"] and lane in range(group["lanes"])
+                    if not inside or not whole_numbers([lane, *e.get("slots", [])]):
+                        raise Malformed(f"{at}: {name!r:.40} in lane {lane!r:.40}, or its slots")
+                    case = {key: golden[name][key] for key in ("name", "prompt", "settings")}
+                    well_formed(case | {"rounds": [e]}, golden)
+                if any(len({e[key] for e in step}) < len(step) for key in ("sequence", "lane")):
+                    raise Malformed(f"{at} has a lane or a sequence twice")
+            found.append((b, group))
+    except (KeyError, TypeError, AttributeError) as problem:
+        raise Malformed(f"batches are not as in SERVING.md, 20.2: {problem!r:.60}") from None
+    return found
 
 
 def main() -> None:

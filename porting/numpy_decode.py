@@ -104,14 +104,10 @@ class Llama:
     def run_layers(
         self, h: np.ndarray, first: int, last: int, cache: "Decoder", start: int
     ) -> np.ndarray:
-        """Layers [first, last) on rows h (T, dim) of one text, at positions from `start`.
-
-        They see what the cache holds, and leave their keys and values in it.
-        """
-        end = start + len(h)
-        positions = np.arange(start, end)
+        """Layers [first, last) on rows h (T, dim) of one text, at positions from `start`."""
+        positions = np.arange(start, start + len(h))
         cache.layer_runs[first:last] += len(h)
-        unseen = np.arange(end) > positions[:, None]  # 3.3
+        unseen = np.arange(start + len(h)) > positions[:, None]  # 3.3
         return self.run_rows(h, first, last, cache, positions, positions, unseen)
 
     def run_rows(
@@ -124,7 +120,7 @@ class Llama:
         slots: np.ndarray,
         unseen: np.ndarray,
     ) -> np.ndarray:
-        """Layers [first, last) on rows h (T, dim), whose keys and values go to slots (T,).
+        """Layers [first, last) on rows h (T, dim). Their keys and values go to slots (T,).
 
         unseen (T, S): which of the first S slots a row does not see.
         """
@@ -282,7 +278,7 @@ class Sequence(Decoder):
 class Batch:
     """Sequences that share passes and slots (SERVING.md, 12 and 13).
 
-    keys and values (L, Hkv, slots, hd), free: slots that nobody has.
+    keys and values (L, Hkv, slots, hd). free: nobody's slots.
     """
 
     def __init__(self, model: Llama, lanes: int, slots: int):
@@ -315,7 +311,7 @@ class Batch:
             self.run(self.model.embed(s.tokens[:-1]), 0, self.model.n_layers, rows)
 
     def draft(self, group: list[Sequence]) -> None:
-        """5.1 for sequences of one E: a pass is the next row of those that still draft."""
+        """5.1 for one E: a pass is the next row of those that still draft."""
         while group:
             h = self.model.embed([[*s.tokens, *s.drafted][-1] for s in group])
             rows = [(s, s.length + len(s.drafted)) for s in group]
@@ -323,7 +319,7 @@ class Batch:
             group = [s for s, query in zip(group, h) if s.guess(s.drafted, query)]
 
     def verify(self, group: list[Sequence]) -> list[np.ndarray]:
-        """5.2 for sequences of one E: logits (k + 1, V) of each."""
+        """5.2 for one E: logits (k + 1, V) of each."""
         starts = [s.rows(s.drafted) for s in group]
         rows = [(s, s.length + i) for s, h in zip(group, starts) for i in range(len(h))]
         h = self.run(np.concatenate(starts), group[0].exit, self.model.n_layers, rows)
@@ -347,7 +343,7 @@ class Batch:
         return entries
 
     def steps(self, waiting: list[Sequence]) -> Iterator[list[dict]]:
-        """One joins where a lane is free, and slots enough for its end."""
+        """One joins where a lane and slots for its end are free."""
         while waiting or any(self.lanes):
             for lane, s in enumerate(self.lanes):
                 ends = [other.end for other in (*self.lanes, *waiting[:1]) if other]
@@ -367,15 +363,15 @@ def trace_batches(
     """The batches of a trace (20.2)."""
     cases, traced = {case["name"]: case for case in golden["cases"]}, []
     for b in golden["batches"]:
-        how = [(name, cases[name]["prompt"], cases[name]["settings"]) for name in b["sequences"]]
-        waiting = [sequence(name, model, prompt, settings) for name, prompt, settings in how]
-        steps = batch(model, b["lanes"], b["slots"]).steps(waiting)
-        traced.append({"name": b["name"], "steps": [*steps]})
+        how = [(cases[name]["prompt"], cases[name]["settings"]) for name in b["sequences"]]
+        waiting = [sequence(name, model, *s) for name, s in zip(b["sequences"], how)]
+        steps = [*batch(model, b["lanes"], b["slots"]).steps(waiting)]
+        traced.append({"name": b["name"], "steps": steps})
     return traced
 
 
 def trace(models: dict[str, Llama], golden: dict, decoder: type[Decoder] = Decoder) -> dict:
-    """The trace of golden cases (10.2); keys and values where the case is short."""
+    """The trace of golden cases (10.2), with keys and values of short ones."""
     traced = []
     for case in golden["cases"]:
         d = decoder(models[case.get("model", "model")], case["prompt"], case["settings"])

@@ -203,7 +203,7 @@ def shares(count, same):
     def join(self, lane, s):
         Knows.join(self, lane, s)
         for o in lanes(s):
-            if o is not s and (not same or o.tokens[: s.length + 1] == s.tokens):
+            if o.drafted and (not same or o.tokens[: s.length + 1] == s.tokens):  # had a round
                 s.table[:count] = o.table[:count]
 
     return join
@@ -287,7 +287,7 @@ FAULTS = [
         "with a finished sequence, the slots of the lane after it are freed",
         hold=frees_another)),
     ("few-slots", "13.1", *batch_fault(
-        "slots of the first positions are shared with a sequence of other tokens",
+        "a new sequence shares slots of the first positions with one of other tokens",
         join=shares(2, same=False))),
     ("few-slots", "13.5", *batch_fault(
         "the last position of a prompt is shared, and the first round writes it",

@@ -1,4 +1,4 @@
-"""LayerSkip's round in transformers' own Llama: LlamaForCausalLM with its StaticCache.
+"""LayerSkip's round in transformers' own LlamaForCausalLM and StaticCache.
 
     from transformers_round import self_speculate
     model.generate(**inputs, custom_generate=self_speculate, exit_layer=6, draft_len=8)
@@ -93,12 +93,12 @@ def self_speculate(
     min_confidence: float = 0.0,
     **model_kwargs: Any,
 ) -> Tensor:
-    """A custom_generate; returns ids (1, n). Raises ValueError for what it cannot do."""
+    """For custom_generate. Returns ids (1, n). Raises ValueError for what it cannot do."""
     c, mask = generation_config, model_kwargs.get("attention_mask")
     if len(input_ids) > 1 or c.do_sample or len(logits_processor):
         raise ValueError("one sequence, greedy, without logits processors")
     if mask is not None and not mask.all():
-        raise ValueError("a padded prompt is not supported")
+        raise ValueError("a padded prompt is refused")
     if not 0 < exit_layer < model.config.num_hidden_layers:
         raise ValueError("exit_layer must be above 0 and below the number of layers")
     one = c.eos_token_id
@@ -113,7 +113,7 @@ def self_speculate(
 
 
 def compare(model: Any, exit_layer: int, draft_len: int, count: int, prompts: int) -> None:
-    """Speed of transformers and of this round, in turns, on texts that the model began."""
+    """Speed and texts of transformers and of this round, in turns."""
     torch.manual_seed(0)
     start = torch.tensor([[model.config.bos_token_id or 0]])
     model.generation_config.num_assistant_tokens_schedule = "constant"
@@ -121,7 +121,7 @@ def compare(model: Any, exit_layer: int, draft_len: int, count: int, prompts: in
     ours = dict(custom_generate=self_speculate, exit_layer=exit_layer, draft_len=draft_len)
     ways: dict[str, Any] = {"plain": {}, "assistant_early_exit": theirs, "self_speculate": ours}
     seconds, made, same = (dict.fromkeys(ways, 0.0) for _ in range(3))
-    for number in range(prompts + 1):  # the first warms up
+    for number in range(prompts + 1):  # 0 warms up
         ids, outs = model.generate(start, do_sample=True, max_new_tokens=32), []
         for name, how in ways.items():
             began = time.perf_counter()
@@ -133,12 +133,12 @@ def compare(model: Any, exit_layer: int, draft_len: int, count: int, prompts: in
     speeds = {name: made[name] / seconds[name] for name in ways}
     for name, speed in speeds.items():
         ratio = speed / speeds["assistant_early_exit"]
-        print(f"{name:20}{speed:6.1f} tokens/s, ratio {ratio:.2f}, same text {same[name]:.0f}")
+        print(f"{name:20}{speed:6.1f} tokens/s, ratio {ratio:.2f}, {same[name]:.0f} texts as plain")
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=compare.__doc__)
-    p.add_argument("ckpt", metavar="DIR", help="a Llama as transformers reads it")
+    p.add_argument("ckpt", metavar="DIR", help="a Llama")
     for name, default in (("exit", 6), ("draft", 8), ("tokens", 128), ("prompts", 3)):
         p.add_argument(f"--{name}", type=int, default=default)
     args = p.parse_args()

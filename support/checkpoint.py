@@ -173,9 +173,9 @@ def config_fields(c: dict) -> dict:
     for key in ("attention_bias", "mlp_bias", "quantization_config"):
         if c.get(key):
             raise _bad(f"{key} is not supported")
-    if c.get("hidden_act", "silu") != "silu":
+    if c.get("hidden_act", "silu") not in ("silu", "swish"):  # one function
         raise _bad(f"hidden_act {c['hidden_act']!r:.40} is not supported, only silu")
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}  # as transformers has it
     if not isinstance(rope, dict):
         raise _bad("the rope parameters are not a JSON object")
     found = {name: c[key] for name, key in KEYS.items() if c.get(key) is not None}

@@ -173,7 +173,7 @@ class Totals:
             text += f" | {self.acceptance:.0%} of the drafted tokens accepted"
             text += f" | {len(self.ids) / len(self.rounds):.2f} tokens per round"
         if self.prompt:
-            speed = f"{self.prompt / self.prompt_seconds:.0f} tokens/s"
+            speed = f"{self.prompt / max(self.prompt_seconds, 1e-9):.0f} tokens/s"
             first = f"{speed} | first new token after {self.times[0]:.2f} s"
             text = f"prompt: {self.prompt} tokens in {self.prompt_seconds:.2f} s: {first}\n{text}"
         return text

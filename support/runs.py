@@ -20,13 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from support.checkpoint import advice, parse_object, read_json, whole_file
+from support.checkpoint import WRONG_KIND, advice, parse_object, read_json, whole_file
 from support.data import Render, Tokens, fingerprint, read_corpus, train_tokenizer, write_tokens
 from support.tokenizer import Tokenizer
 
-CARRIED = (  # what --init had and training does not change
+CARRIED = (  # what --init had and training does not change; the last two say BOS and EOS
     "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json "
-    "added_tokens.json chat_template.jinja"
+    "added_tokens.json chat_template.jinja generation_config.json config.json"
 ).split()
 FOREIGN = ("config.json", "params.json", "*.safetensors", "*.index.json", "tokenizer*")
 
@@ -151,7 +151,7 @@ class RunDirectory:
         path = self.out / self.state
         if not path.exists():
             return 0
-        wrong = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+        wrong = (OSError, *WRONG_KIND, AttributeError, RuntimeError)
         try:
             found = self.about(path)
             step = found["step"]

@@ -4,7 +4,7 @@ A token may end inside a UTF-8 character, and decoding drops a leading space: se
 """
 
 import re
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from itertools import takewhile
 from operator import eq
 from pathlib import Path
@@ -13,7 +13,8 @@ from sentencepiece import SentencePieceProcessor
 
 from support.checkpoint import WRONG_KIND, advice, read_json
 
-FLAGS = {"special", "lstrip", "rstrip", "normalized", "single_word"}  # of an added token
+EDGES = ("lstrip", "rstrip", "single_word")  # takes the white space beside it; is no part of a word
+FLAGS = {"special", "normalized", *EDGES}  # of an added token
 USUAL = {
     "bos": ("<|begin_of_text|>", "<s>", "<bos>"),
     "eos": ("<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>"),
@@ -101,18 +102,30 @@ class Tokenizer:
 
 def added_tokens(config: dict, ids: dict, named: Iterable[str]) -> dict[str, dict]:
     """By text, what tokenizer_config.json, added_tokens.json (`ids`) and names tell of tokens."""
-    listed = (config.get("added_tokens_decoder") or {}).items()
-    found = {text: {"id": int(i)} for text, i in ids.items()}
-    found |= {token["content"]: token | {"id": int(i)} for i, token in listed}
-    more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    for text in (*named, *(t["content"] if isinstance(t, dict) else t for t in more)):
-        found.setdefault(text, {})["special"] = True
+    table = config.get("added_tokens_decoder", {})
+    listed = [(int(i), token["content"], token) for i, token in (table or {}).items()]
+    if "added_tokens_decoder" not in config:
+        listed = [(int(i), text, {}) for text, i in ids.items()]
+    found: dict = {}
+    for i, text, how in sorted(listed, key=lambda token: token[0]):  # the first id, the last flags
+        found[text] = how | {"id": found.get(text, {}).get("id", i)}
+    for text in named:
+        found.setdefault(text, {}).update(special=True, named="added_tokens_decoder" not in config)
+    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    for text in (t["content"] if isinstance(t, dict) else t for t in more):
+        found.setdefault(text, {"special": True})
     return {text: how for text, how in found.items() if isinstance(text, str) and text}
 
 
-def any_of(texts: Iterable[str]) -> str:
-    """A regular expression for one of the texts, the longest first."""
-    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
+def any_of(texts: Iterable[str], flags: Mapping[str, dict] = {}) -> str:
+    """A regular expression for one of the texts, the longest first, as EDGES of `flags` say."""
+
+    def one(text: str) -> str:
+        left, right, word = (flags.get(text, {}).get(flag) is True for flag in EDGES)
+        found = rf"(?<!\w){re.escape(text)}(?!\w)" if word else re.escape(text)
+        return r"\s*" * left + found + r"\s*" * right
+
+    return "|".join(map(one, sorted(texts, key=len, reverse=True))) or "(?!)"
 
 
 class SentencePieceFile:
@@ -129,6 +142,8 @@ class SentencePieceFile:
             inner.LoadFromSerializedProto(proto + b"\x1a\x02\x18\x00")
         except RuntimeError:
             raise ValueError(f"{path} is not a sentencepiece model") from None
+        if config.get("add_prefix_space") is False:
+            self.model = model = inner
         self.encode, self.size = model.encode, model.vocab_size()
         self.ids = {model.id_to_piece(i): i for i in range(self.size)}
         self.closing = {i for i in range(self.size) if not model.is_control(i)}
@@ -142,7 +157,7 @@ class SentencePieceFile:
         for text, how in added.items():
             self.ids.setdefault(text, how.get("id", len(self.ids)))
         self.added = {text: self.ids[text] for text in self.special | added.keys()}
-        self.named = re.compile(f"({any_of(self.added)})")
+        self.named = re.compile(f"({any_of(self.added, added)})")
         self.legacy = config.get("legacy") is True
 
     def decode(self, ids: list[int]) -> str:
@@ -154,7 +169,7 @@ class SentencePieceFile:
         ids = []
         for place, part in enumerate(self.named.split(text)):
             if place % 2:
-                ids.append(self.added[part])
+                ids.append(self.added[part if part in self.added else part.strip()])
             elif part:
                 first = (self.legacy if place else start) and not part.startswith((" ", "\u2581"))
                 ids += (self.model if first else self.inner).encode(part)
@@ -175,10 +190,13 @@ class JsonFile:
             self.model = model = Tokenizer.from_file(str(path))
             model.no_truncation()
             model.no_padding()
-            own = {token.content for token in model.get_added_tokens_decoder().values()}
+            own = {token.content: token for token in model.get_added_tokens_decoder().values()}
             for text, how in sorted(added.items(), key=lambda item: item[1].get("id", 1 << 30)):
-                told = {k: how[k] for k in FLAGS & how.keys()}
-                model.add_tokens([] if text in own else [AddedToken(text, **told)])
+                token = AddedToken(text, **{k: how[k] for k in FLAGS & how.keys()})
+                if text in own and "content" not in how:  # not in the table, whose flags count
+                    token = own[text]
+                    token.special |= how.get("named", False)
+                model.add_tokens([token])
             self.ids = model.get_vocab()
             tried = (model.encode(text) for text in ("a", *self.ids))
             found = next((e for e in tried if 0 in e.sequence_ids), model.encode(""))

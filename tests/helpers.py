@@ -29,6 +29,7 @@ from model import Config, Llama
 from support.checkpoint import KEYS, config_json
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+SMALL = dict(n_layers=3, dim=32, hidden_dim=48, n_heads=2, n_kv_heads=1, head_dim=16)
 
 # --------------------------------------
 # Models

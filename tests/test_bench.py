@@ -10,7 +10,7 @@ import torch
 from helpers import tiny_config
 
 from bench import __main__ as bench
-from bench import common, decoding, engine, peers, tasks
+from bench import common, contexts, decoding, engine, peers, tasks
 from decode import Round, new_cache
 from model import Llama, rotate
 from support.console import Totals
@@ -23,6 +23,7 @@ def run(monkeypatch, command, small):
     """run("COMMAND --options") -> code, out, err on the small checkpoint and small prompts."""
     prompts = lambda count, tokenizer, length: [[1, n + 3, 40, 7] * 4 for n in range(count)]
     monkeypatch.setattr(tasks, "held_out_prompts", prompts)
+    monkeypatch.setattr(contexts, "held_out_prompts", prompts)
     monkeypatch.setitem(common.SHAPES, "8m", tiny_config(vocab_size=99, tied=True))
 
     def main(line: str):
@@ -108,6 +109,27 @@ def test_peers_have_a_row_each_where_they_are_installed(run):
         names.append("llama.cpp, plain")
     assert sorted(column(text, "way")) == sorted(names)
     assert set(column(text, "same text")) == {"yes"}
+
+
+def test_peers_read_a_prompt_once_whatever_the_turns(run, monkeypatch):
+    prefill, read = peers.prefill, list[tuple]()
+    counted = lambda *how: read.append(how) or prefill(*how)
+    monkeypatch.setattr(peers, "prefill", counted)
+    text = run(f"peers {SIZE} --context 30 --runs 3").out
+    assert len(read) == 2 * 3 and set(column(text, "same text")) == {"yes"}
+
+
+def test_edits_of_a_context_show_a_text_and_begin_its_copy(shipped):
+    tokenizer = Tokenizer(shipped)
+    t = Namespace(ckpt=shipped, shape=None, context=400, tokens=112, prompts=[[]] * 3)
+    for ids in contexts.long_prompts(t, "edit", 512):
+        asked, _, shown = tokenizer.decode(ids).partition(contexts.REQUEST)
+        assert not asked and 380 < len(ids) <= 400
+        begun = shown.rindex(shown[:40].replace("self", "this"))
+        assert begun > 40 and "self" not in shown[begun:]
+    assert {len(ids) for ids in contexts.long_prompts(t, "code", 512)} == {400}
+    with pytest.raises(ValueError, match="more than the 511"):
+        contexts.long_prompts(t, "code", 511)
 
 
 def test_random_weights_decode_plainly_and_absent_peers_are_named(run, monkeypatch):

@@ -172,6 +172,15 @@ def test_a_template_is_utf8_in_any_locale(tmp_path):
     assert json.loads(run.stdout)["settings"]["prompt_ids"] == letters(chat, "éhi")
 
 
+def test_a_template_may_take_one_message_alone(tmp_path):
+    one = "{% if messages[1] %}{{ raise_exception('one alone') }}{% endif %}" + USER
+    chat = chat_of(tmp_path, one)
+    assert chat.ask("hi") == letters(chat, "hi") and chat.ends == ()
+    chat.keep("hi", "a")
+    with pytest.raises(ValueError, match="one alone"):
+        chat.ask("hi")
+
+
 # --------------------------------------
 # Long conversations
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -20,7 +21,7 @@ from helpers import reference_decode, tiny_config, tiny_model
 from decode import Round, Sampling
 from extras import kangaroo, lens
 from model import load_checkpoint, save_checkpoint
-from support import decode_command
+from support import console, decode_command
 from support.data import train_tokenizer
 from support.tokenizer import Tokenizer, visible
 
@@ -101,8 +102,11 @@ def assert_one_line(run, name="decode.py"):
 def test_text_goes_to_stdout_and_statistics_to_stderr(cli):
     run = cli(*DRAFTED)
     assert run.code == 0 and len(run.out) > 5 and "\033[" not in run.out
+    blank, prompt, tokens = run.err.splitlines()
+    assert re.fullmatch(r"prompt: \d tokens in .* s: \d+ tokens/s \| first new .* s", prompt)
     for part in ("30 tokens in", "tokens/s", "drafted tokens accepted", "tokens per round"):
-        assert part in run.err and part not in run.out
+        assert part in tokens and part not in run.out
+    assert tokens.endswith(" | exit 2, draft 6, greedy") and blank == ""
 
 
 @pytest.mark.parametrize("how, sampling", [([], Sampling()), (SAMPLED, Sampling(0.8, 50, 0.9, 7))])
@@ -256,6 +260,7 @@ def test_json_is_one_object_with_every_field(cli, ckpt):
     run = cli(*SHORT, "--json", "--compare", *drafts, "--seed", "3")
     found = json.loads(run.out)
     plain = {"text", "ids", "rounds", "settings", "seconds", "tokens_per_second", "acceptance"}
+    plain |= {"prompt_seconds", "first_token_seconds"}
     compared = {"full_ids", "identical", "speedup"}
     assert found.keys() == plain | compared and run.err == "" and run.out.count("\n") == 1
     assert found["identical"] is True and found["full_ids"] == found["ids"]
@@ -266,6 +271,8 @@ def test_json_is_one_object_with_every_field(cli, ckpt):
     drafted = sum(len(r["drafted"]) for r in found["rounds"])
     assert found["acceptance"] == sum(r["accepted"] for r in found["rounds"]) / drafted
     assert found["seconds"] * found["tokens_per_second"] == pytest.approx(len(found["ids"]))
+    assert 0 < found["prompt_seconds"] < found["first_token_seconds"]
+    assert found["first_token_seconds"] < found["prompt_seconds"] + found["seconds"]
     settings = found["settings"]
     assert (settings["exit_layer"], settings["draft_len"]) == (2, 4)
     assert settings["max_new_tokens"] == len(found["ids"]) == 30
@@ -286,14 +293,100 @@ EACH = [True, False, False, False, True, False, False, False, True]
 
 def test_a_conversation_goes_on_after_what_cannot_run(cli):
     lines = [PROMPT, "", "return x", "x" * 400, "caf\udce9", "\ud7ff", "return x\r"]
-    stdin = "\n".join(lines).encode(errors="surrogateescape")
+    stdin = ("\ufeff" + "\n".join(lines)).encode(errors="surrogateescape")
     run = cli("--interactive", "--max-new-tokens", "30", stdin=stdin)
     good = [PROMPT, "return x", lines[5], "return x"]
     texts = [cli("--max-new-tokens", "30", "--prompt", text).out for text in good]
     assert run.code == 0 and run.out == "".join(texts)
     refused = [line for line in run.err.splitlines() if line.startswith("decode.py: ")]
-    assert [word in line for line in refused for word in ("empty", "tokens", "utf-8")] == EACH
-    assert run.err.count("tokens/s") == 4
+    assert [word in line for line in refused for word in ("empty", "tokens", "UTF-8")] == EACH
+    assert run.err.count("first new token") == 4
+
+
+# --------------------------------------
+# Files of prompts, stops
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    """A file of three prompts, of which the second is too long."""
+    rows = {"prompt": PROMPT, "id": 7}, {"text": "x" * 400}, {"prompt": "return x"}
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "prompts.jsonl"
+
+
+@pytest.mark.parametrize("how", ["--full", "--drafter lookup", "--exit auto --compare"])
+def test_a_file_of_prompts_is_answered_but_for_what_cannot_run(cli, prompts, how):
+    options = ["--max-new-tokens", "20", *how.split(), "--stop", "x"]
+    alone = [cli("--prompt", text, *options) for text in (PROMPT, "return x")]
+    run, found = (cli("--prompts-file", str(prompts), *options, *x) for x in ([], ["--json"]))
+    assert (run.code, run.out) == (2, "".join(one.out for one in alone))
+    (refused,) = [line for line in run.err.splitlines() if line.startswith("decode.py: ")]
+    assert refused.startswith("decode.py: prompt 2: a prompt of") and "\nprompt 3 of 3:" in run.err
+    assert run.err.count("\nidentical to the full model") == 2 * ("--compare" in how)
+    lines = [json.loads(line) for line in found.out.splitlines()]
+    assert [line["settings"]["prompt"] for line in lines] == [PROMPT, "return x"]
+    assert (found.code, found.err) == (2, refused + "\n")
+    assert [line["text"] + "\n" for line in lines] == [one.out for one in alone]
+
+
+def test_an_exit_is_chosen_though_the_first_prompt_is_too_long(cli, tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("x" * 400)
+    run = cli("--prompts-file", str(file), "--exit", "auto")
+    assert run.code == 2 and "\ndecode.py: prompt 1: a prompt of" in run.err
+
+
+def test_the_text_ends_before_a_stop_whoever_drafts(cli):
+    sampled, whole = [*SHORT, *SAMPLED], json.loads(cli(*SHORT, *SAMPLED, "--json").out)["text"]
+    stop = whole[11:14]
+    options = [*sampled, "--stop", "never there", "--stop", stop, "--stop", whole[20]]
+    run = cli(*options, "--compare", "--exit", "2")
+    assert run.out == whole[: whole.find(stop)] + "\n" and "\nidentical to the full" in run.err
+    drafted, plain = (json.loads(cli(*options, x, "--json").out) for x in ("--compare", "--full"))
+    assert drafted["full_ids"] == plain["ids"] and len(plain["ids"]) < 30
+    assert drafted["text"] + "\n" == run.out and drafted["settings"]["stop"][1] == stop
+
+
+# --------------------------------------
+# What a person is told
+
+
+@pytest.mark.parametrize("right, count", [(0, 20), (1, 20), (2, 20), (0, 19)])
+def test_exits_that_seem_untrained_are_named(cli, monkeypatch, right, count):
+    """Where under a tenth of at least 40 guesses hold."""
+    rounds = [Round([5, 6], [5, 6, 7], torch.zeros(3, 3))] * right
+    rounds += [Round([5, 6], [7], torch.zeros(1, 3))] * (count - right)
+    monkeypatch.setattr(decode_command, "generate", lambda *_, **how: iter(rounds))
+    said = "exits seem untrained: try --drafter lookup or --full\n"
+    assert (said in cli(*SHORT).err) == (right < 2 and count > 19)
+    assert said not in cli(*SHORT, "--drafter", "lookup").err + cli(*SHORT, "--json").err
+
+
+@pytest.mark.parametrize("text, read", [(PROMPT, True), ("x" * 400, False)])
+def test_a_terminal_hears_that_a_long_prompt_is_read(cli, terminal, monkeypatch, text, read):
+    class Now(console.Timer):
+        def start(self):
+            self.function(*self.args)
+            self.finished.set()
+
+    monkeypatch.setattr(console, "Timer", Now)
+    terminal(False)
+    assert "reading" not in cli("--prompt", text, "--max-new-tokens", "3").err
+    terminal(True)
+    said = cli("--prompt", text, "--max-new-tokens", "3").err
+    line = re.match(r"reading \d+ tokens \.\.\.", said)[0]
+    assert said.startswith(f"{line}\r{' ' * len(line)}\r" + ("\nprompt: " if read else "decode.py"))
+    assert said.count("reading") == 1
+
+
+def test_the_prompts_seconds_are_those_before_the_first_draft(cli, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(console, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    found = json.loads(cli(*SHORT, "--json", "--full").out)
+    # Read at 0 (collect), 1 and 2 (from the start to the first draft), 3 (the first round).
+    assert (found["prompt_seconds"], found["first_token_seconds"]) == (1, 3)
+    assert found["seconds"] == 3 - 1 + 29
 
 
 # --------------------------------------
@@ -323,6 +416,24 @@ def test_an_interrupt_shows_what_was_done_and_claims_nothing(cli, monkeypatch, h
     else:
         assert run.out == "" or run.out.endswith("\n")
         assert (run.out != "") == ("tokens/s" in run.err) == (after > 0 if not how else after > 32)
+
+
+@pytest.mark.parametrize("after", [0, 20, 35, 65])
+def test_an_interrupt_ends_an_answer_and_not_the_conversation(cli, monkeypatch, after):
+    """In the warm-up, drafted and full, in the answer and in the comparison."""
+    count, real = [0], decode_command.generate
+
+    def interrupted(*args, **settings):
+        for r in real(*args, **settings):
+            count[0] += 1
+            if count[0] == after + 1:
+                raise KeyboardInterrupt
+            yield r
+
+    monkeypatch.setattr(decode_command, "generate", interrupted)
+    how = ["--interactive", "--compare", "--exit", "1", "--draft", "1", *SHORT[2:]]
+    run = cli(*how, stdin=f"{PROMPT}\n{PROMPT}\n".encode())
+    assert run.code == 0 and run.err.count("identical to the full model (30") == 1
 
 
 def test_an_interrupt_at_the_prompt_is_quiet(cli):
@@ -379,6 +490,8 @@ BAD = {  # one for each place that refuses; what else it refuses is tested there
     "a device without memory": ["--device", "meta"],
     "the exit": ["--exit", "9" * 5000],
     "the draft length": ["--draft", "16"],
+    "an empty stop": ["--stop", "x", "--stop", ""],
+    "a file of prompts": ["--prompts-file", "none.jsonl"],
     "the sampling": ["--top-p", "nan"],
     "an empty prompt": ["--prompt", ""],
     "a prompt beyond the context": ["--prompt", "x " * 400],
@@ -396,9 +509,13 @@ def test_bad_input_is_one_line_and_exit_code_two(cli, terminal, case, on):
     assert_one_line(cli(*BAD[case]))
 
 
-@pytest.mark.parametrize("stdin", [b"abc\xff\xfe", b"", None])
-def test_a_bad_prompt_on_stdin_is_one_line(cli, stdin):
-    assert_one_line(cli("-", stdin=stdin))
+@pytest.mark.parametrize(
+    "stdin, why", [(b"abc\xff\xfe", "not UTF-8 text"), (b"", "empty"), (None, "closed")]
+)
+def test_a_bad_prompt_on_stdin_is_one_line(cli, stdin, why):
+    run = cli("-", stdin=stdin)
+    assert_one_line(run)
+    assert why in run.err
 
 
 def test_stdin_may_be_closed_where_nobody_reads_it(cli):
@@ -406,8 +523,9 @@ def test_stdin_may_be_closed_where_nobody_reads_it(cli):
     assert_one_line(cli("--interactive", stdin=None))
 
 
-USAGE = """- --prompt x|- --interactive|--interactive --prompt x|--full --compare|--full --no-verify
---no-verify --compare|--no-exact --compile|--draft 1.5|--top-k|--dtype float16|--unknown|prompt"""
+USAGE = """- --prompt x|- --interactive|--prompts-file x -|--interactive --prompt x|--full --compare
+--full --no-verify|--no-verify --compare|--no-exact --compile
+--draft 1.5|--top-k|--dtype float16|--unknown|prompt"""
 
 
 @pytest.mark.parametrize("options", USAGE.replace("\n", "|").split("|"))
@@ -553,7 +671,7 @@ def test_a_prompt_is_asked_for_on_a_terminal_beside_the_text(ckpt):
     out, err = run.communicate()
     os.close(terminal), os.close(keyboard)
     assert run.returncode == 0 and err.count(b"prompt> ") == 2 and b"prompt" not in out
-    assert out.endswith(b"\n") and err.count(b"tokens/s") == 1
+    assert out.endswith(b"\n") and err.count(b"first new token") == 1
 
 
 # --------------------------------------
@@ -573,6 +691,11 @@ def test_a_chat_keeps_what_was_said_and_ends_with_the_template(cli, ckpt, tmp_pa
     assert second["settings"]["prompt_ids"] == turn("f(x)") + turn(first["text"]) + turn("x")
     again = cli(*chat, "--prompt", "f(x)", on=tmp_path)
     assert json.loads(again.out)["ids"] == first["ids"]
+    # What was shown is kept, without the stop and what follows it.
+    run = cli(*chat, "--interactive", "--stop", first["text"][3], stdin=b"f(x)\nx\n", on=tmp_path)
+    shown, second = map(json.loads, run.out.splitlines())
+    assert len(shown["text"]) < 4 and first["text"].startswith(shown["text"])
+    assert second["settings"]["prompt_ids"] == turn("f(x)") + turn(shown["text"]) + turn("x")
 
 
 def test_a_chat_needs_a_template(cli):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from argparse import Namespace
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -262,29 +263,38 @@ def test_exits_of_a_twin_that_was_trained_for_them_are_better(command, tmp_path)
         assert better < plain - 0.2 and follows > agrees + 0.03
 
 
+FILES = {
+    "empty.txt": "",
+    "a.txt": "a = 1\n",
+    "bare.jsonl": '{"prompt": "a"}\n',
+    "good.jsonl": '{"prompt": "a", "reference": "b"}\n',
+}
 BAD = """
 --data no_such_file
---data {empty}
---data {text} --exits 5
---data {text} --exits 0
---data {text} --limit 0
---data {text} --csv missing/t.csv
---data {text} --png .
---summaries {text}
---summaries {rows}
---ckpt none --data {text}
+--data empty.txt
+--data a.txt --exits 4
+--data a.txt --exits 0
+--data a.txt --limit 0
+--data a.txt --csv missing/t.csv
+--data a.txt --png .
+--summaries a.txt
+--summaries bare.jsonl
+--ckpt none --data a.txt
+--tasks local_choice
+--summaries good.jsonl
 """
 
 
 @pytest.mark.parametrize("line", BAD.strip().splitlines())
 def test_what_cannot_run_is_one_line_and_leaves_nothing(run, tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
-    names = {name: tmp_path / name for name in ("empty", "text", "rows.jsonl")}
-    for file, text in zip(names.values(), ("", "a = 1\n", '{"prompt": "a"}\n')):
-        file.write_text(text)
+    for package in ("lm_eval.api.model", "rouge_score.rouge_scorer"):  # as if it were not installed
+        monkeypatch.setitem(sys.modules, package, None)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
     if "missing" in line or "png" in line:
         monkeypatch.setattr(evaluate, "start", None)  # not even begun
     before = sorted(tmp_path.iterdir())
-    found = run(*line.format(**names, rows=names["rows.jsonl"]).split())
+    found = run(*line.split())
     assert found.code == 2 and found.err.count("\n") == 1 and not found.out
     assert sorted(tmp_path.iterdir()) == before

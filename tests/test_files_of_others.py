@@ -91,6 +91,14 @@ def test_weights_that_no_index_names_are_named(tmp_path, name):
         load(path)
 
 
+def test_rope_scaling_counts_over_rope_parameters_and_swish_is_silu(tmp_path):
+    path = made(tmp_path / "a")
+    rope = {"rope_type": "linear", "factor": 2.0}
+    change(path / "config.json", rope_parameters={"rope_type": "default"}, rope_scaling=rope)
+    change(path / "config.json", hidden_act="swish")
+    assert load_checkpoint(path).config.rope_type == "linear"
+
+
 def test_whole_floats_are_whole_numbers(tmp_path):
     path = made(tmp_path / "a")
     before, file = load_checkpoint(path).config, path / "config.json"

@@ -103,6 +103,7 @@ def test_decoding_over_the_cache_is_the_ports(config, prompt, seed, exact, data)
 
 
 def test_prefill_in_pieces_is_prefill_of_tokens():
+    """And the logits after it are those of the whole text at once."""
     model = tiny_model(tiny_config(max_len=2048, n_layers=2), dtype=torch.float64)
     prompt = [i * 7 % 61 for i in range(2 * PREFILL_ROWS + 76)]
     at_once, singly = (new_cache(model, len(prompt), 0) for _ in range(2))
@@ -112,6 +113,10 @@ def test_prefill_in_pieces_is_prefill_of_tokens():
     assert at_once.length == singly.length == len(prompt)
     torch.testing.assert_close(at_once.keys, singly.keys)
     torch.testing.assert_close(at_once.values, singly.values)
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt]))[0, -1]
+    found = decode(model, prompt, max_new_tokens=1).logits[0]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 # Both kinds for rows, the model's own and exact.py's, are attention of the sequence up to rounding.

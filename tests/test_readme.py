@@ -164,7 +164,7 @@ def test_commands_run(command, folder, monkeypatch, capsys):
         assert (folder / "docs" / "lens.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/drafters.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/drafters.md", "docs/library.md"])
 def test_the_python_blocks_of_a_page_work_one_after_the_other(page, monkeypatch, capsys):
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = [code for language, code in BLOCK.findall(text) if language == "python"]

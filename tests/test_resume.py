@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import config_option
+from helpers import SMALL, config_option
 from safetensors.torch import load_file
 
 from support import data, train_command
@@ -27,7 +27,6 @@ PROCESSES = get_context("forkserver")
 # Imports once; every run is still a process of its own.
 PROCESSES.set_forkserver_preload(["support.train_command"])
 STEPS = 24
-SMALL = dict(n_layers=3, dim=32, hidden_dim=48, n_heads=2, n_kv_heads=1, head_dim=16)
 COMMON = (
     f"--steps {STEPS} --save-every 3 --batch 4 --seq 32 --warmup 2 --no-compile --no-bf16 "
     "--p-max 0.6 --dropout-time constant --lr 3e-3"

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -89,6 +90,26 @@ def test_a_tuned_checkpoint_has_what_training_does_not_change(work):
     assert chosen["exit_layer"] in (2, 3) and chosen["eos"][:3] == (258, 256, 257)
     assert chosen["draft_len"] == found["num_assistant_tokens"]
     assert chosen["min_confidence"] == found["assistant_confidence_threshold"]
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_eos_and_bos_are_those_of_inits_files_where_its_tokenizer_names_none(work, name):
+    """In what is trained on, texts and answers, and in what is saved."""
+    file = Path("a/tokenizer.json")
+    file.write_text(file.read_text().replace("<s>", "<in>").replace("</s>", "<out>"))
+    Path("a/tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    change(Path("a/config.json"), eos_token_id=None, bos_token_id=None)
+    change(Path("a", name), eos_token_id=[257, 7], bos_token_id=256)
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = write_rows(Path("both.jsonl"), [*PAIRS, *[{"messages": talk}] * 200])
+    run("--init", "a", "--data", rows)
+    texts = [np.fromfile(f"o/{part}.bin", np.uint16) for part in ("train", "held_out")]
+    assert sum((ids == 257).sum() for ids in texts) == 600
+    run("--init", "a", "--data", rows, "--steps", 3)
+    tokenizer = Tokenizer("o")
+    assert (tokenizer.bos, tokenizer.eos) == (256, 257)
+    found = read("o/generation_config.json")
+    assert (found["bos_token_id"], found["eos_token_id"]) == (256, [257, 7])
 
 
 @pytest.mark.parametrize("content", ["{", "[]", None])

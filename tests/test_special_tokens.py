@@ -232,6 +232,55 @@ def test_tokens_that_other_files_add_have_ids_and_no_text(tmp_path, write, size,
     )
 
 
+@pytest.mark.parametrize(
+    "write",
+    [lambda p: write_pieces(p, remove_extra_whitespaces=False), lambda p: write_json(p, "<a>")],
+)
+@pytest.mark.parametrize(
+    "flag, text, plain, flagged",
+    [
+        ("rstrip", "the<a> fox", "the fox", "thefox"),
+        ("lstrip", "the <a>fox", "the fox", "thefox"),
+        ("single_word", "the<a>fox", "thefox", "the<a>fox"),
+    ],
+)
+def test_flags_in_tokenizer_config_count(tmp_path, write, flag, text, plain, flagged):
+    """Over those of the tokenizer file, if it has the token. A special token has no text."""
+    write(tmp_path)
+    for value, wanted in ((False, plain), (True, flagged)):
+        how = {"content": "<a>", "special": True, "normalized": False, flag: value}
+        config(tmp_path, added_tokens_decoder={"300": how})
+        tokenizer = Tokenizer(tmp_path)
+        assert tokenizer.decode(tokenizer.file.parse(text)) == wanted
+
+
+def test_a_token_that_a_name_calls_special_is_special(tmp_path):
+    """A tokenizer.json may have it as an ordinary one, which would be printed."""
+    write_json(tmp_path, "<a>")
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"special": true', '"special": false'))
+    assert "<a>" not in Tokenizer(tmp_path).special
+    config(tmp_path, eos_token="<a>")
+    tokenizer = Tokenizer(tmp_path)
+    assert "<a>" in tokenizer.special and tokenizer.decode([71, 256]) == "h"
+
+
+def test_a_token_that_is_listed_twice_has_its_first_id(tmp_path):
+    write_pieces(tmp_path)
+    config(tmp_path, added_tokens_decoder=decoder_of("<a>", "<b>", "<a>", first=300))
+    assert Tokenizer(tmp_path).file.parse("<a>") == [300]
+
+
+def test_add_prefix_space_of_a_sentencepiece_model_is_followed(tmp_path):
+    write_pieces(tmp_path)
+    with_space = Tokenizer(tmp_path).encode("the", bos=False)
+    config(tmp_path, add_prefix_space=False)
+    tokenizer = Tokenizer(tmp_path)
+    without = tokenizer.encode("the", bos=False)
+    assert with_space != without and tokenizer.decode(without) == "the"
+    assert tokenizer.file.parse("the") == without
+
+
 @pytest.mark.parametrize("table", [[1], {"x": {"content": "<a>"}}, {"300": 7}, {"300": {}}, "x"])
 def test_added_tokens_that_are_no_table_are_one_line(tmp_path, table):
     write_pieces(tmp_path)

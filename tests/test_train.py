@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import config_option, tiny_config, tiny_model, write_rows
+from helpers import SMALL, config_option, tiny_config, tiny_model, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import train
 from exact import pack
@@ -23,7 +24,6 @@ from support.runs import RunDirectory
 from support.tokenizer import Tokenizer
 from train import LAYERSKIP, RECIPES, Recipe
 
-SMALL = dict(n_layers=3, dim=32, hidden_dim=48, n_heads=2, n_kv_heads=1, head_dim=16)
 SHAPE = config_option(**SMALL, vocab_size=400)
 
 
@@ -461,6 +461,16 @@ def test_a_damaged_file_is_one_line(again, refused, name, content):
         (again / "state.safetensors").unlink()
     last = refused(again, FEW)
     assert name in last or "choose another --out" in last
+
+
+STATES = ["", "[]", '{"step": "1", "settings": {}}', '{"step": 1, "settings": {"steps": 1e999}}']
+
+
+@pytest.mark.parametrize("about", STATES)
+def test_a_state_without_its_step_is_one_line(again, refused, about):
+    state = again / "state.safetensors"
+    save_file(load_file(state), state, {"run": about})
+    assert "state.safetensors is damaged" in refused(again, FEW)
 
 
 def test_damaged_rows_of_metrics_are_dropped(again, run):
