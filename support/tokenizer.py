@@ -122,7 +122,8 @@ def any_of(texts: Iterable[str], flags: Mapping[str, dict] = {}) -> str:
     """A regular expression for one of the texts, the longest first, as EDGES of `flags` say."""
 
     def one(text: str) -> str:
-        left, right, word = (flags.get(text, {}).get(flag) is True for flag in EDGES)
+        told = flags.get(text, {}) if text == text.strip() else {}
+        left, right, word = (told.get(flag) is True for flag in EDGES)
         found = rf"(?<!\w){re.escape(text)}(?!\w)" if word else re.escape(text)
         return r"\s*" * left + found + r"\s*" * right
 
