@@ -43,12 +43,14 @@ class Tokenizer:
         folder = path.parent if path.is_file() else path
         read = lambda name: read_json(folder / name) if (folder / name).is_file() else {}
         self.config = read("tokenizer_config.json")
-        if "added_tokens_decoder" not in self.config:  # else transformers does not read the map
+        ids: dict = {}
+        if "added_tokens_decoder" not in self.config:  # else transformers does not read these
+            ids = read("added_tokens.json")
             self.config |= read("special_tokens_map.json")
         texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in self.config.items()}
         named = {k: v for k, v in texts.items() if k.endswith("_token") and isinstance(v, str)}
         try:
-            added = added_tokens(self.config, read("added_tokens.json"), named.values())
+            added = added_tokens(self.config, ids, named.values())
         except (*WRONG_KIND, AttributeError):
             raise ValueError(f"the added tokens of {folder} are no table of tokens") from None
         found: list[SentencePieceFile | JsonFile] = []
@@ -102,10 +104,9 @@ class Tokenizer:
 
 def added_tokens(config: dict, ids: dict, named: Iterable[str]) -> dict[str, dict]:
     """By text, what tokenizer_config.json, added_tokens.json (`ids`) and names tell of tokens."""
-    table = config.get("added_tokens_decoder", {})
-    listed = [(int(i), token["content"], token) for i, token in (table or {}).items()]
-    if "added_tokens_decoder" not in config:
-        listed = [(int(i), text, {}) for text, i in ids.items()]
+    table = config.get("added_tokens_decoder") or {}
+    listed = [(int(i), token["content"], token) for i, token in table.items()]
+    listed += [(int(i), text, {}) for text, i in ids.items()]
     found: dict = {}
     for i, text, how in sorted(listed, key=lambda token: token[0]):  # the first id, the last flags
         found[text] = how | {"id": found.get(text, {}).get("id", i)}
@@ -121,7 +122,8 @@ def any_of(texts: Iterable[str], flags: Mapping[str, dict] = {}) -> str:
     """A regular expression for one of the texts, the longest first, as EDGES of `flags` say."""
 
     def one(text: str) -> str:
-        left, right, word = (flags.get(text, {}).get(flag) is True for flag in EDGES)
+        told = flags.get(text, {}) if text == text.strip() else {}
+        left, right, word = (told.get(flag) is True for flag in EDGES)
         found = rf"(?<!\w){re.escape(text)}(?!\w)" if word else re.escape(text)
         return r"\s*" * left + found + r"\s*" * right
 
@@ -158,7 +160,7 @@ class SentencePieceFile:
             self.ids.setdefault(text, how.get("id", len(self.ids)))
         self.added = {text: self.ids[text] for text in self.special | added.keys()}
         self.named = re.compile(f"({any_of(self.added, added)})")
-        self.legacy = config.get("legacy") is True
+        self.legacy = bool(config.get("legacy"))
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""

@@ -308,7 +308,7 @@ class Maker:
             content, old = file.read_bytes(), file.with_name(f"{file.name}.old")
             if what == "stray":
                 file = self.work / pick(chance, STRAY.split())
-                what = pick(chance, CONTENTS) if not file.exists() else "gone"
+                what = pick(chance, CONTENTS) if not os.path.lexists(file) else "gone"
             did.append((file.name, what))
             if what in CONTENTS:
                 file.write_bytes(CONTENTS[what](content))
