@@ -441,8 +441,6 @@ REFUSED = {
     ("draft_len", "draft length"): [0, MAX_ROWS, "x"],
     ("max_new_tokens", "new tokens"): [0, 9.0],
     ("min_confidence", "confidence"): [1.0, -0.1, math.nan],
-    ("sampling", "sampling"): [None],
-    ("eos", "eos"): [5],
     ("prompt_ids", "prompt"): [
         *([], [61], [-1], [0] * 256, [True], [1.0], "text"),
         *(torch.tensor([1, 2]), [torch.tensor(1)]),
