@@ -79,7 +79,7 @@ class Chat:
         self.reset()
         try:
             self.template = engine.from_string(source)
-        except TemplateError as error:
+        except (TemplateError, SyntaxError) as error:  # of Python: {% break %} outside a loop
             raise ValueError(f"the chat template of {path} is damaged: {error}") from None
         turns, after = [dict(role="user", content="a"), dict(role="assistant", content=ANSWER)], ""
         with suppress(ValueError):  # a template may take one message alone

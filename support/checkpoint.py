@@ -192,10 +192,11 @@ def config_fields(c: dict) -> dict:
         raise _bad(f"rope type {kind!r:.40} is none of default, linear and llama3")
     found["rope_theta"] = rope.get("rope_theta", c.get("rope_theta", 10000.0))
     wanted = {"linear": ("rope_factor",), "llama3": tuple(ROPE_KEYS)[1:]}
+    usual = {"rope_original_len": found.get("max_len")}
     for name in wanted.get(kind, ()):
-        if ROPE_KEYS[name] not in rope:
+        found[name] = rope.get(ROPE_KEYS[name], usual.get(name))
+        if found[name] is None:
             raise _bad(f"rope {ROPE_KEYS[name]} is missing")
-        found[name] = rope[ROPE_KEYS[name]]
     found = {"n_kv_heads": found["n_heads"], "norm_eps": 1e-6, "tied": False} | found
     _check_ranges(found)
     for name in ("bos", "eos"):  # advice: ids such as -1 are no reason to refuse a model

@@ -173,7 +173,8 @@ TOKENS = {  # keys of tokenizer_config.json and special_tokens_map.json: their v
 }
 SETTINGS = {  # of config.json and generation_config.json
     "eos_token_id bos_token_id pad_token_id": IDS,
-    "head_dim num_key_value_heads rms_norm_eps rope_theta max_position_embeddings": NUMBERS,
+    "head_dim num_key_value_heads max_position_embeddings": NUMBERS,
+    "rms_norm_eps rope_theta": [1e-5, 1, 1.0, 10000, "1", None],
     "assistant_early_exit num_assistant_tokens assistant_confidence_threshold max_length": NUMBERS,
     "attention_bias mlp_bias tie_word_embeddings use_cache": [True, False, None],
     "rope_scaling rope_parameters": ROPES,
@@ -305,7 +306,7 @@ class Maker:
         did = []
         for _ in range(pick(chance, [1, 1, 1, 2, 3])):
             file, what = pick(chance, self.files(self.work)), pick(chance, MOVES)
-            content, old = file.read_bytes(), file.with_name(f"{file.name}.old")
+            content, old = file.read_bytes(), file.with_name(f"{file.name}.{len(did)}")
             if what == "stray":
                 file = self.work / pick(chance, STRAY.split())
                 what = pick(chance, CONTENTS) if not os.path.lexists(file) else "gone"

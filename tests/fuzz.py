@@ -57,7 +57,7 @@ KNOWN = {  # pattern of a case and its differences: why they stay
     r"nested too deep|\[{100}": "JSON nested deeper than 100",
     r"generation_config.*eos: ": "an EOS beside something that is no id: the setting is not used",
     r"(extra|additional)_special.*(?!\1)(extra|additional)_special": "two such lists: one counts",
-    r"added_tokens_decoder', '|spoiled .*tokenizer_config": "damage: tokens get new numbers",
+    r"added_tokens_decoder', '|spoiled .*tokenizer_config": "a damaged token: it renumbers others",
     r"not a sentencepiece model": "a damaged tokenizer.model, which sentencepiece refuses",
 }
 

@@ -53,6 +53,7 @@ def test_a_file_of_its_own_comes_first(tmp_path):
     ([dict(name="tools", template="x")], "has no chat template"),
     ([7], "has no chat template"),
     ("{% if %}", "is damaged"),
+    ("{% break %}", "is damaged"),
     ("{{ raise_exception('roles must alternate') }}", "refuses this: roles must alternate"),
     ("{{ messages.clear() }}", "refuses this"),
     ("{{ messages[9].content + 1 }}", "refuses this"),

@@ -99,6 +99,13 @@ def test_rope_scaling_counts_over_rope_parameters_and_swish_is_silu(tmp_path):
     assert load_checkpoint(path).config.rope_type == "linear"
 
 
+def test_llama3_rope_without_an_original_length_takes_the_models(tmp_path):
+    path, rope = made(tmp_path / "a"), {"rope_type": "llama3", "factor": 8.0}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    change(path / "config.json", rope_scaling=rope)
+    assert load_checkpoint(path).config.rope_original_len == 256
+
+
 def test_whole_floats_are_whole_numbers(tmp_path):
     path = made(tmp_path / "a")
     before, file = load_checkpoint(path).config, path / "config.json"
