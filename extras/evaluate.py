@@ -8,6 +8,7 @@ from argparse import SUPPRESS, Namespace
 from copy import deepcopy
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from io import TextIOWrapper
 from itertools import islice
 from math import exp
@@ -246,6 +247,9 @@ def main() -> None:
     add("--png", type=Path, metavar="FILE", help="draw it")
     t = p.parse_args()
     with command_errors(p.prog), wanted(t.csv) as table, wanted(t.png) as png:
+        for given, module in (t.tasks, "lm_eval"), (t.summaries, "rouge_score"):
+            if given and not find_spec(module):
+                raise ValueError(f"this needs a package: pip install {module.replace('_', '-')}")
         if min(t.batch, t.limit) < 1:
             raise ValueError("--batch and --limit must be at least 1")
         t.model, t.tokenizer, _, t.settings = start(Namespace(**vars(t), no_exact=True))
