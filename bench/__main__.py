@@ -18,29 +18,29 @@ from support.console import DEFAULT_CKPT, DTYPES, command_errors, usable_device
 
 FLAG: dict = dict(action="store_true", default=False)
 OPTIONS: dict[str, dict] = {
-    "ckpt": dict(type=Path, default=DEFAULT_CKPT),
+    "ckpt": dict(type=Path, default=DEFAULT_CKPT, help="a checkpoint (the shipped one)"),
     "shape": dict(choices=SHAPES, help="random weights of this shape, no checkpoint"),
-    "prompts": dict(type=int, default=20),
+    "prompts": dict(type=int, default=20, help="how many (%(default)s)"),
     "prompts-file": dict(type=Path, nargs="+", metavar="FILE", help="your own: .jsonl or a text"),
     "chat": FLAG | dict(help="they are messages of a chat"),
     "task": dict(
         choices=["code", "edit", "chat"], default="code", help="edit and chat: of a chat model"
     ),
-    "tokens": dict(type=int, default=256, help="new ones per prompt"),
-    "runs": dict(type=int, default=5, help="alternating turns"),
+    "tokens": dict(type=int, default=256, help="new ones per prompt (%(default)s)"),
+    "runs": dict(type=int, default=5, help="alternating turns (%(default)s)"),
     "exit": dict(type=int, help="exit layer, else the checkpoint's"),
     "draft": dict(type=int, help="draft length, else the checkpoint's"),
     "confidence": dict(type=float, help="drafting stops there, else the checkpoint's"),
     "context": dict(type=int, help="live positions before a pass, else a prompt's"),
-    "exits": dict(type=int, nargs="+", default=[2, 4, 6, 8]),
-    "drafts": dict(type=int, nargs="+", default=[2, 4, 8]),
-    "temperature": dict(type=float, default=0.0),
+    "exits": dict(type=int, nargs="+", help="exit layers (1/12, 1/6, 1/4 and 1/3 of the layers)"),
+    "drafts": dict(type=int, nargs="+", default=[2, 4, 8], help="draft lengths (2 4 8)"),
+    "temperature": dict(type=float, default=0.0, help="0: greedy (0)"),
     "csv": dict(type=Path, metavar="FILE", help="write the rows"),
     "png": dict(type=Path, metavar="FILE", help="draw tokens/s over the exit"),
     "write": FLAG | dict(help="keep the best in generation_config.json"),
     "drafter": dict(nargs="+", default=[], help="other drafters, as in decode.py"),
     "tries": dict(type=int, default=200, help="of the search for sublayers to skip"),
-    "compile": FLAG,
+    "compile": FLAG | dict(help="also compiled; decoding drafts so then"),
     "dtype": dict(choices=["auto", *DTYPES], default="auto"),
     "device": dict(default="cpu"),
 }
@@ -93,7 +93,7 @@ def main() -> None:
     if "RANK" in os.environ:  # torchrun's
         several = processes(args)
     with command_errors("bench"), several:
-        if min(args.prompts, args.tokens, args.runs, *args.exits) < 1:
+        if min(args.prompts, args.tokens, args.runs, *(args.exits or [1])) < 1:
             raise ValueError("--prompts, --tokens, --runs and --exits must be at least 1")
         if args.chat > bool(args.prompts_file) or (args.prompts_file and args.task != "code"):
             raise ValueError("--chat goes with --prompts-file, --task without")

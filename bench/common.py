@@ -56,7 +56,9 @@ def target(args: Namespace, part: int = 0) -> Namespace:
     settings |= {name: value for name, value in given.items() if value is not None}
     for ids in prompts:
         check_request(config, ids, settings["exit_layer"], settings["draft_len"], args.tokens)
+    parts = {max(config.n_layers * n // 12, 1) for n in (1, 2, 3, 4)}
     more = dict(name=args.shape or args.ckpt.name, settings=settings, prompts=prompts, eos=eos)
+    more |= dict(exits=args.exits or sorted(parts & {*range(config.n_layers)}))
     return Namespace(**vars(args) | more, load=partial(load, device=args.device))
 
 

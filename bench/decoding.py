@@ -25,7 +25,10 @@ from support.checkpoint import read_json
 from support.runs import RunDirectory
 
 CONFIG = "generation_config.json"
-NOISE = "Within noise: in one turn or more as fast as the best. It takes 3 turns to tell."
+NOISE = (
+    "Within noise: in one turn or more as fast as the best. It takes 3 turns to tell. "
+    "A speedup is the median of the turns' own ratios."
+)
 
 
 def drafted_table(t: Namespace, who: dict[str, dict], temperature: float = 0.0) -> Table:

@@ -247,7 +247,8 @@ def main() -> None:
     add("--png", type=Path, metavar="FILE", help="draw it")
     t = p.parse_args()
     with command_errors(p.prog), wanted(t.csv) as table, wanted(t.png) as png:
-        for given, module in (t.tasks, "lm_eval"), (t.summaries, "rouge_score"):
+        needed = (t.tasks, "lm_eval"), (t.summaries, "rouge_score"), (t.png, "matplotlib")
+        for given, module in needed:
             if given and not find_spec(module):
                 raise ValueError(f"this needs a package: pip install {module.replace('_', '-')}")
         if min(t.batch, t.limit) < 1:

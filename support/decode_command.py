@@ -231,6 +231,8 @@ class Session:
     def how(self) -> str:
         """Who drafts, and how a token is chosen."""
         s, who = self.settings, "no draft"
+        if self.args.no_verify:
+            who = f"exit {self.model.config.n_layers} alone, not verified"
         if s.get("drafter") or s["exit_layer"]:
             who = self.args.drafter if s.get("drafter") else f"exit {s['exit_layer']}"
             who += f", draft {s['draft_len']}"
@@ -246,6 +248,7 @@ class Session:
         about = {**settings, "drafter": args.drafter, "sampling": asdict(settings["sampling"])}
         about |= dict(ckpt=str(args.ckpt), prompt=text, prompt_ids=ids, exact=not args.no_exact)
         about |= dict(dtype=str(self.model.dtype)[6:], device=str(self.model.device))
+        about |= dict(verified=not args.no_verify, layers=self.model.config.n_layers)
         about["stop"] = args.stop
         names = "drafted", "accepted", "emitted"
         found = dict(
