@@ -25,11 +25,12 @@ def cut(text: str, stops: list[str]) -> str:
 
 @st.composite
 def stops_for(draw, text: str) -> list[str]:
-    """Parts of the text, which may overlap, some continued otherwise, and texts of any kind."""
+    """Parts of the text, some inside others, some continued otherwise, and texts of any kind."""
     place, size = st.integers(0, len(text)), st.integers(1, 6)
     part = st.builds(lambda a, n: text[a : a + n], place, size)
     false = st.builds(lambda part, more: part + more, part, st.text("the 漢\ufffd", max_size=2))
-    return [s for s in draw(st.lists(part | false | st.text(max_size=3), max_size=4)) if s]
+    stops = draw(st.lists(part | false | st.text(max_size=3), max_size=4))
+    return [s for stop in stops for s in (stop, stop[1:-1] * draw(st.booleans())) if s]
 
 
 @given(st.data())
