@@ -27,7 +27,8 @@ from support import decode_command
 from support.checkpoint import read_checkpoint
 
 PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["test_parallel"])  # imports once
+# Imports once.
+PROCESSES.set_forkserver_preload(["pytest", "hypothesis", "bench.common", "extras.parallel"])
 STORES = []  # of torchrun, which outlive the processes
 
 
