@@ -292,7 +292,7 @@ def check_request(
     """Raises TypeError or ValueError for settings of generate that cannot run."""
     in_range("exit layer", exit_layer, 0, c.n_layers - 1)
     in_range("draft length", draft_len, 1, MAX_ROWS - 1)
-    in_range("number of new tokens", max_new_tokens, 1, 10**9)
+    in_range("number of new tokens", max_new_tokens, 1, 1e99)
     in_range("confidence", min_confidence, 0.0, 1 - 1e-9)
     if not isinstance(prompt_ids, (list, tuple)) or not all(type(t) is int for t in prompt_ids):
         raise TypeError("the prompt must be a list of ints, such as tensor.tolist()")
