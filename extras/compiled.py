@@ -18,13 +18,12 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +45,7 @@ from exact import (
     safe_padding,
 )
 from extras.products import faster_products
-from model import Config, Layer, Llama
+from model import Layer, Llama
 from support.console import compiler_errors
 
 GROUP = 6  # the most layers of a graph: fewer take longer to call, more take longer to compile
@@ -128,37 +127,38 @@ def in_blocks(weight: Tensor, shape: tuple[int, ...], pairs: int) -> Tensor:
 def compile_graph(file: Path, module: nn.Module, inputs: tuple, dynamic: tuple) -> None:
     """Writes a graph of the module to `file`, and to a .json which weight each constant is.
 
-    `dynamic` sizes of the inputs may differ. The module's weights are of random numbers, so each
+    `dynamic` sizes of the inputs may differ. The graph is made with random weights, so each
     constant tells by its values what it was made of. Raises ValueError where one does not.
     """
     from torch._inductor.graph import GraphLowering
 
     print(f"compiling {file.stem}, once", file=sys.stderr, flush=True)
+    module, random = deepcopy(module), torch.Generator().manual_seed(0)
+    for p in module.parameters():
+        p.normal_(generator=random)
     constants, allocate = dict[str, Tensor](), GraphLowering.allocate_non_dup_const_name
 
     def named(graph: Any, name: str | None, data: Tensor) -> str:
         found = allocate(graph, name, data)
         graph.allocated_constant_name[found] = found  # else two may be called alike
-        constants[found] = data
+        constants[found] = data.detach()
         return found
 
     aside = file.with_name(f"{os.getpid()}.pt2")
-    with torch.no_grad(), warnings.catch_warnings(), faster_products():
+    allocating = patch.object(GraphLowering, "allocate_non_dup_const_name", named)
+    with warnings.catch_warnings(), faster_products(), allocating:
         warnings.simplefilter("ignore")
         program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
-        allocating = patch.object(GraphLowering, "allocate_non_dup_const_name", named)
-        with allocating, compiler_errors("leave out --compile"):
+        with compiler_errors("leave out --compile"):
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(aside), inductor_configs=dict(OPTIONS)
             )
     made_of = {}
     for constant in torch._inductor.aoti_load_package(str(aside)).loader.get_constant_fqns():
-        data = constants[constant].detach()
+        data = constants[constant]
         for (name, p), pairs in product(module.named_parameters(), (1, 2, 4)):
-            fits = p.shape == data.shape or (p.dim(), data.dim(), p.shape[1:]) == (
-                (2, 3, data.shape[1:2])
-            )
-            if fits and torch.equal(in_blocks(p.detach(), tuple(data.shape), pairs), data):
+            fits = p.shape == data.shape or p.shape[1:] == data.shape[1:-1] != ()
+            if fits and torch.equal(in_blocks(p, tuple(data.shape), pairs), data):
                 made_of[constant] = name, list(data.shape), pairs
                 break
         else:
@@ -169,11 +169,10 @@ def compile_graph(file: Path, module: nn.Module, inputs: tuple, dynamic: tuple) 
 
 def load_graph(file: Path, module: nn.Module) -> Callable:
     """The graph in `file`, with the weights of a module of the same kind."""
-    loader = torch._inductor.aoti_load_package(str(file)).loader
-    weights = dict(module.named_parameters())
+    loader, weights = torch._inductor.aoti_load_package(str(file)).loader, module.state_dict()
     made_of = json.loads(file.with_suffix(".json").read_text())
     constants = {
-        constant: in_blocks(weights[name].detach(), tuple(shape), pairs)
+        constant: in_blocks(weights[name], tuple(shape), pairs)
         for constant, (name, shape, pairs) in made_of.items()
     }
     loader.load_constants(constants, False, True, True)  # not copied: run keeps them alive
@@ -184,6 +183,15 @@ def load_graph(file: Path, module: nn.Module) -> Callable:
     return run
 
 
+def graph_of(file: Path, module: nn.Module, inputs: tuple, dynamic: tuple) -> Callable:
+    """The graph in `file` with the module's weights, compiled where it is missing or damaged."""
+    try:
+        return load_graph(file, module)
+    except (RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        compile_graph(file, module, inputs, dynamic)
+        return load_graph(file, module)
+
+
 class Graphs:
     """A model's decoding passes as graphs of `group` layers each."""
 
@@ -192,53 +200,29 @@ class Graphs:
         # Where no instruction multiplies bfloat16, graphs read a prompt faster than PyTorch.
         slow = model.dtype == torch.bfloat16 != auto_dtype(model.device)
         self.longest = model.config.max_len if slow else MAX_ROWS
-        self.pad_to = safe_padding(model)
-        self.known = WeakKeyDictionary[KVQCache, tuple]()
-        files = self.files()
-        try:
-            self.load(*files)
-        except (RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError):
-            for file in files:  # damaged on disk
-                file.unlink(missing_ok=True)
-            self.load(*self.files())
-
-    def load(self, layers: Path, head: Path) -> None:
-        """Makes the graphs of the model's layers and of its head from these files."""
-        model, group = self.model, self.group
-        parts = range(0, model.config.n_layers, group)
-        modules = (Layers(model.layers[first : first + group], self.pad_to) for first in parts)
-        self.layers = [load_graph(layers, module) for module in modules]
-        self.head = load_graph(head, nn.Sequential(model.norm, model.lm_head))
-
-    def files(self) -> tuple[Path, Path]:
-        """Files of the graphs of layers and of the head, which are compiled if they are missing."""
-        c, dtype = replace(self.model.config, n_layers=self.group), self.model.dtype
-        folder = Path(cache_dir()) / "layerskip" / fingerprint(c, dtype)
+        folder = Path(cache_dir()) / "layerskip" / fingerprint(model)
         folder.mkdir(parents=True, exist_ok=True)
-        files = folder / f"{self.group} layers.pt2", folder / "the head.pt2"
-        if all(file.exists() for file in files):
-            return files
-        like, random = Llama(replace(c, tied=False)).to(dtype), torch.Generator().manual_seed(0)
-        for p in like.parameters():
-            p.data.normal_(generator=random)
         rows, length = {0: Dim("rows", min=1, max=ROWS)}, {1: Dim("max_len")}
-        cache = new_cache(like, 128, 1)
-        h = torch.zeros(2, c.dim, dtype=dtype)
-        places, zeros, keys, values = self.inputs(cache)
-        inputs = (h, *(x[:2] for x in places), zeros[:64], keys, values)
-        dynamic = (*[rows] * 4, {0: Dim("view")}, *[[length] * self.group] * 2)
-        compile_graph(files[0], Layers(like.layers, self.pad_to), inputs, dynamic)
-        compile_graph(files[1], nn.Sequential(like.norm, like.lm_head), (h,), (rows,))
-        return files
+        dynamic = (*[rows] * 4, {0: Dim("view")}, *[[length] * group] * 2)
+        h, pad_to = model.norm.weight.new_zeros(2, model.config.dim), safe_padding(model)
+        inputs = h, *self.places(0, 2, 64), *self.store(new_cache(model, 128, 1), 0)
+        file = folder / f"{group} layers.pt2"
+        self.layers = [
+            graph_of(file, Layers(model.layers[l : l + group], pad_to), inputs, dynamic)
+            for l in range(0, model.config.n_layers, group)
+        ]
+        head = nn.Sequential(model.norm, model.lm_head)
+        self.head = graph_of(folder / "the head.pt2", head, (h,), (rows,))
 
-    def inputs(self, cache: KVQCache) -> tuple:
-        """What graphs take of a cache: (cos, sin, positions), zeros, keys, values."""
-        if cache not in self.known:
-            size = cache.max_len
-            places = *self.model.rotary(0, size), torch.arange(size)
-            store = list(cache.keys), list(cache.values)
-            self.known[cache] = places, cache.keys.new_zeros(size), *store
-        return self.known[cache]
+    def places(self, start: int, rows: int, view: int) -> tuple[Tensor, ...]:
+        """cos, sin and positions of rows from `start`, and a zero for each position they see."""
+        cos, sin = self.model.rotary(start, rows)
+        return cos, sin, torch.arange(start, start + rows), cos.new_zeros(view)
+
+    def store(self, cache: KVQCache, first: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of the layers of the graph that begins at layer `first`."""
+        keys, values = (x[first : first + self.group] for x in (cache.keys, cache.values))
+        return list(keys), list(values)
 
     def run_layers(
         self, h: Tensor, first: int, last: int, cache: KVQCache | None = None, start: int = 0
@@ -248,13 +232,12 @@ class Graphs:
             return self.plain[0](h, first, last, cache, start)
         if first % self.group or last % self.group:
             raise ValueError(f"compiled layers run by {self.group}, not from {first} to {last}")
-        (places, zeros, keys, values), out = self.inputs(cache), []
+        out = []
         for begin, end, view in blocks(start, len(h), ROWS):
-            at = slice(start + begin, start + end)
-            part, inputs = h[begin:end], [*(x[at] for x in places), zeros[:view]]
+            part, places = h[begin:end], self.places(start + begin, end - begin, view)
             for l in range(first, last, self.group):
-                store = [*keys[l : l + self.group], *values[l : l + self.group]]
-                part = self.layers[l // self.group]([part, *inputs, *store])
+                keys, values = self.store(cache, l)
+                part = self.layers[l // self.group]([part, *places, *keys, *values])
             out.append(part)
         return torch.cat(out)
 
@@ -265,10 +248,11 @@ class Graphs:
         return torch.cat([self.head([x]) for x in h.split(ROWS)])
 
 
-def fingerprint(config: Config, dtype: torch.dtype) -> str:
+def fingerprint(model: Llama) -> str:
     """A name for what graphs depend on: shape, type, code, PyTorch and the processor."""
     about = torch.__version__, torch.get_num_threads(), torch.cpu.get_capabilities(), OPTIONS
-    digest = hashlib.sha256(repr((config, dtype, *about)).encode())
+    shape = replace(model.config, n_layers=0), model.dtype
+    digest = hashlib.sha256(repr((shape, about)).encode())
     for code in ("extras/compiled", "extras/products", "exact", "support/trials", "model"):
         digest.update((Path(__file__).parents[1] / f"{code}.py").read_bytes())
     return digest.hexdigest()[:32]

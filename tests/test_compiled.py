@@ -1,15 +1,17 @@
 """Compiled decoding gives the full model's bits too, whoever drafts, in threads as well."""
 
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import import_module
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import DRAFTERS, decode, same_bits, tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from decode import Sampling, generate
 from exact import pack
@@ -114,27 +116,24 @@ def test_a_shape_is_compiled_once(model, monkeypatch, capsys):
     assert not same_bits(decode(other, [3, 1, 4]), decode(model, [3, 1, 4]))
 
 
-def test_a_damaged_graph_is_made_again(model, tmp_path, monkeypatch):
-    plain = tiny_model(model.config, dtype=model.dtype)
-    x, graphs = torch.ones(2, 32, dtype=model.dtype), compiled.Graphs(plain, 1)
-    whole, folder = graphs.unembed(x), graphs.files()[0].parent
-    shutil.copytree(folder, tmp_path / "layerskip" / folder.name)
-    monkeypatch.setattr(compiled, "cache_dir", lambda: tmp_path)
-    files = [file for graph in graphs.files() for file in (graph, graph.with_suffix(".json"))]
-    sound, compilations = {file: file.read_bytes() for file in files}, []
+def test_a_missing_or_damaged_graph_is_made_again(model, tmp_path, monkeypatch):
+    folder = Path(compiled.cache_dir()) / "layerskip" / compiled.fingerprint(model)
+    sound = {tmp_path / file.name: file.read_bytes() for file in folder.glob("the head.*")}
+    head, x = nn.Sequential(model.norm, model.lm_head), torch.ones(2, 32, dtype=model.dtype)
+    compilations = []
 
     def compile_again(file, *_):  # what compiling would write
         compilations.append(file)
-        assert not file.exists(), "the damaged one is gone"
-        for name in (file, file.with_suffix(".json")):
+        for name in sound:
             name.write_bytes(sound[name])
 
     monkeypatch.setattr(compiled, "compile_graph", compile_again)
-    for number, (file, length) in enumerate(zip(sound, (0, 9, 1000, 20_000)), 1):
+    for number, (file, length) in enumerate(product(sound, (0, 9, 1000, 20_000)), 1):
         file.write_bytes(sound[file][: min(length, len(sound[file]) - 9)])
         for _ in range(2):
-            assert torch.equal(compiled.Graphs(plain, 1).unembed(x), whole)
-        assert len(compilations) == 2 * number
+            graph = compiled.graph_of(tmp_path / "the head.pt2", head, (), ())
+            assert torch.equal(graph([x]), model.unembed(x))
+        assert len(compilations) == number
 
 
 def test_products_are_changed_and_put_back():
