@@ -1,7 +1,7 @@
 """Decoding over several processes, drafted and plain, bit for bit.
 
     torchrun --nproc-per-node 2 tests/several.py                       random models, both layouts
-    torchrun --nproc-per-node 3 tests/several.py --ckpt checkpoints/smollm2 --turns 25
+    torchrun --nproc-per-node 3 tests/several.py --ckpt checkpoints/smollm2
     torchrun --nproc-per-node 2 tests/several.py --memory      of each process, on the 1B shape
 
 A turn decodes a prompt plainly and with each drafter, greedy and sampled, in float32 and bfloat16;
@@ -126,7 +126,7 @@ def main() -> None:
     about = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p = argparse.ArgumentParser(prog="several.py", **about)
     p.add_argument("--ckpt", type=Path)
-    p.add_argument("--turns", type=int, default=100)
+    p.add_argument("--turns", type=int, default=25)
     p.add_argument("--tokens", type=int, default=30, help="of a run")
     p.add_argument("--device", default="cpu")
     p.add_argument("--memory", action="store_true")
