@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from helpers import write_rows
 from test_files_of_others import change, made
 from tokenizers import Tokenizer as Fast
 
@@ -28,11 +28,6 @@ PAIRS = [{"prompt": f"Q {i}", "completion": f" yes{i}"} for i in range(400)]
 SMALL = "--steps 2 --seq 16 --batch 2 --no-compile --no-bf16 --exits 2,3".split()
 
 
-def write_rows(file: Path, rows: list[dict]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     """A directory to work in with a checkpoint "a" and data pairs.jsonl; signals are kept."""
@@ -45,18 +40,16 @@ def work(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
-def run(*options: object, code: int = 0) -> None:
-    """train.py in this process; it must end with this exit code."""
-    argv = sys.argv
-    sys.argv = ["train.py", "--out", "o", *SMALL, *map(str, options)]
-    try:
-        main()
-        ended = 0
-    except SystemExit as stop:
-        ended = stop.code
-    finally:
-        sys.argv = argv
-    assert ended == code
+@pytest.fixture
+def run(work, command):
+    """What train.py says, which must end with this exit code."""
+
+    def call(*options: object, code: int = 0) -> str:
+        found = command(main, "--out", "o", *SMALL, *map(str, options))
+        assert found.code == code, found.err
+        return found.err
+
+    return call
 
 
 def read(name: str) -> dict:
@@ -69,7 +62,7 @@ def read(name: str) -> dict:
 TUNE = ("--init", "a", "--data", "pairs.jsonl")
 
 
-def test_a_tuned_checkpoint_has_what_training_does_not_change(work):
+def test_a_tuned_checkpoint_has_what_training_does_not_change(run):
     settings = {"eos_token_id": [258, 256], "temperature": 2.0, "top_p": 1.0, "odd": [1.0]}
     change(Path("a/generation_config.json"), **settings)
     change(Path("a/config.json"), pad_token_id=259)
@@ -93,7 +86,7 @@ def test_a_tuned_checkpoint_has_what_training_does_not_change(work):
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
-def test_eos_and_bos_are_those_of_inits_files_where_its_tokenizer_names_none(work, name):
+def test_eos_and_bos_are_those_of_inits_files_where_its_tokenizer_names_none(run, name):
     """In what is trained on, texts and answers, and in what is saved."""
     file = Path("a/tokenizer.json")
     file.write_text(file.read_text().replace("<s>", "<in>").replace("</s>", "<out>"))
@@ -112,8 +105,8 @@ def test_eos_and_bos_are_those_of_inits_files_where_its_tokenizer_names_none(wor
     assert (found["bos_token_id"], found["eos_token_id"]) == (256, [257, 7])
 
 
-@pytest.mark.parametrize("content", ["{", "[]", None])
-def test_settings_that_nobody_can_read_do_not_stop_a_run(work, content):
+@pytest.mark.parametrize("content", ["{", None])
+def test_settings_that_nobody_can_read_do_not_stop_a_run(run, content):
     if content:
         Path("a/generation_config.json").write_text(content)
     run(*TUNE)
@@ -138,70 +131,55 @@ def test_the_exit_to_draft_with_is_the_best_of_those_that_were_trained():
     assert choose({1: 0.5, 2: 1.0}, RECIPES["layerskip"])["assistant_early_exit"] == 1
 
 
-def test_a_held_out_loss_is_a_number_where_few_tokens_have_one(work):
+def test_a_held_out_loss_is_a_number_where_few_tokens_have_one(run):
     rows = [{"prompt": "x" * 300 + str(i), "completion": " y"} for i in range(200)]
     run("--init", "a", "--data", write_rows(Path("long.jsonl"), rows), "--seq", 8, "--batch", 1)
-    for row in [*read("o/training.json")["held_out"].values()]:
+    for row in read("o/training.json")["held_out"].values():
         assert row["loss"] > 0 and 0 <= row["agreement"] <= 1
-    for line in Path("o/metrics.jsonl").read_text().splitlines():
-        assert "NaN" not in line
+    assert "NaN" not in Path("o/metrics.jsonl").read_text()
 
 
-def test_data_that_changed_is_refused_and_data_that_moved_is_not(work, capfd):
+def test_a_run_goes_on_with_the_same_data_wherever_it_is_and_not_for_less(run, work):
     run(*TUNE)
     Path("there").mkdir()
-    Path("pairs.jsonl").rename("there/other.jsonl")
-    run("--init", "a", "--data", "there/other.jsonl", "--steps", 3)
-    assert "going on from step 2 of 3" in capfd.readouterr().err
-    write_rows(Path("pairs.jsonl"), [*PAIRS[:-1], {"text": "new"}])
-    run(*TUNE, "--steps", 4, code=2)
-    assert "o holds tokens of other data" in capfd.readouterr().err
-
-
-def test_a_run_may_go_on_for_longer_and_not_for_less(work, capfd):
-    run(*TUNE)
-    run(*TUNE, "--steps", 5)
-    assert read("o/training.json")["steps"] == 5
-    run(*TUNE, "--steps", 4, code=2)
-    assert "other settings (steps)" in capfd.readouterr().err
-
-
-def test_a_path_is_the_same_however_it_is_written(work, capfd):
-    run(*TUNE)
     Path("link").symlink_to("a")
-    run("--init", work / "link", "--data", "./pairs.jsonl", "--out", work / "o", "--steps", 3)
-    assert "going on from step 2" in capfd.readouterr().err
-    run("--init", "link", "--out", "./a", code=2)
-    assert "--out is --init" in capfd.readouterr().err
+    Path("pairs.jsonl").rename("there/other.jsonl")
+    same = ("--init", work / "link", "--data", "./there/other.jsonl", "--out", work / "o")
+    assert "going on from step 2 of 3" in run(*same, "--steps", 3)
+    assert read("o/training.json")["steps"] == 3
+    assert "other settings (steps)" in run(*same, "--steps", 2, code=2)
+    write_rows(Path("pairs.jsonl"), [*PAIRS[:-1], {"text": "new"}])
+    assert "o holds tokens of other data" in run(*TUNE, "--steps", 4, code=2)
+    before = {file: file.read_bytes() for file in Path("a").iterdir()}
+    assert "--out is --init" in run("--init", "link", "--out", "./a", code=2)
+    assert before == {file: file.read_bytes() for file in Path("a").iterdir()}
 
 
-def test_conversations_are_tuned_on_and_need_a_template(work, capfd):
+def test_conversations_are_tuned_on_and_need_a_template(run):
     say = lambda role, text: {"role": role, "content": text}
     rows = [{"messages": [say("user", f"q{i}"), say("assistant", f"a{i}")]} for i in range(200)]
     file = write_rows(Path("chats.jsonl"), rows)
     run("--init", "a", "--data", file)
-    run("--data", file, "--out", "scratch", code=2)
-    assert "conversations need the chat template of an --init" in capfd.readouterr().err
+    said = run("--data", file, "--out", "scratch", code=2)
+    assert "conversations need the chat template of an --init" in said
     Path("a/tokenizer_config.json").unlink()
-    run("--init", "a", "--data", file, "--out", "bare", code=2)
-    assert "chats.jsonl:1: " in capfd.readouterr().err
+    assert "chats.jsonl:1: " in run("--init", "a", "--data", file, "--out", "bare", code=2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_asked_to_end_saves(work, number):
+def test_a_run_that_is_asked_to_end_saves(work):
     command = [sys.executable, str(ROOT / "train.py"), "--out", "o", *SMALL, *TUNE]
     process = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE)
     metrics, end = Path("o/metrics.jsonl"), time.monotonic() + 100
     while not (metrics.exists() and "losses" in metrics.read_text()):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.02)
-    process.send_signal(number)
+    process.terminate()
     said = process.communicate(timeout=100)[1].decode()
     assert process.returncode == 130 and "the same command goes on from there" in said
     assert read("o/training.json")["steps"] > 0 and Path("o/state.safetensors").exists()
 
 
-def test_what_a_killed_save_left_is_deleted_and_nothing_else(work):
+def test_what_a_killed_save_left_is_deleted_and_nothing_else(run):
     run(*TUNE)
     ours, others = f"o/.{'0a' * 8}.tmp", ["o/.a.tmp", "o/notes.tmp", f"o/.{'0A' * 8}.tmp", "o/.x"]
     for name in (ours, *others):
@@ -210,34 +188,31 @@ def test_what_a_killed_save_left_is_deleted_and_nothing_else(work):
     with_lock.lock()
     assert not Path(ours).exists() and all(Path(name).exists() for name in others)
     Path(ours).write_text("a")
-    run(*TUNE, "--steps", 3, code=2)
+    assert "another run trains in o" in run(*TUNE, "--steps", 3, code=2)
     assert Path(ours).exists(), "another run may be writing it"
     with_lock.close()
 
 
-def test_a_run_trains_where_there_is_no_fcntl(work, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    run(*TUNE)
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model_trains_on_text_without_them(work, capfd):
+def test_a_tokenizer_with_more_tokens_than_the_model_trains_on_text_without_them(run):
     file = Path("a/tokenizer.json")
     fast = Fast.from_file(str(file))
     fast.add_special_tokens([f"<{i}>" for i in range(60)])
     fast.save(str(file))
     run(*TUNE)
-    rows = [{"text": "a <50> b <51>"}] * 300
-    run("--init", "a", "--data", write_rows(Path("b.jsonl"), rows), "--out", "b", code=2)
-    assert "has tokens that the model lacks" in capfd.readouterr().err
+    rows = write_rows(Path("b.jsonl"), [{"text": "a <50> b <51>"}] * 300)
+    said = run("--init", "a", "--data", rows, "--out", "b", code=2)
+    assert "has tokens that the model lacks" in said
 
 
-def test_the_commands_start_where_there_is_no_fcntl():
-    code = "import sys; sys.modules['fcntl'] = None; import train, decode; "
-    code += "import support.train_command, support.decode_command, extras.kangaroo, extras.sharded"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+def test_commands_start_and_a_run_trains_where_there_is_no_fcntl(work):
+    code = "import sys; sys.modules['fcntl'] = None; import decode, support.decode_command; "
+    code += "import extras.kangaroo, extras.sharded; from support.train_command import main; main()"
+    command = [sys.executable, "-c", code, "--out", "o", *SMALL, *TUNE]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    assert Path("o/model.safetensors").exists()
 
 
-def test_ctrl_c_keeps_what_an_adapter_has_learned(work, monkeypatch, capfd):
+def test_ctrl_c_keeps_what_an_adapter_has_learned(work, monkeypatch, command):
     steps, step = [], kangaroo.train_step
 
     def step_and_stop(*args):
@@ -249,11 +224,8 @@ def test_ctrl_c_keeps_what_an_adapter_has_learned(work, monkeypatch, capfd):
 
     monkeypatch.setattr(kangaroo, "train_step", step_and_stop)
     options = "--ckpt a --data pairs.jsonl --exit 2 --steps 500 --batch 2 --seq 16 --out k"
-    monkeypatch.setattr(sys, "argv", ["kangaroo", *options.split()])
-    with pytest.raises(SystemExit) as stop:
-        kangaroo.main()
-    assert stop.value.code == 130 and len(steps) == 3
-    assert "the adapter, stopped early, is in k" in capfd.readouterr().err
+    run = command(kangaroo.main, *options.split())
+    assert run.code == 130 and len(steps) == 3
+    assert "the adapter, stopped early, is in k" in run.err
     adapter = kangaroo.load_adapter("k", load_checkpoint("a"))
     assert adapter.self_attn.o_proj.weight.any(), "it has learned"
-    shutil.rmtree("k")
