@@ -8,17 +8,11 @@ from tempfile import TemporaryDirectory
 import hypothesis.strategies as st
 import pytest
 import torch
+from helpers import write_rows
 from hypothesis import given
 from test_files_of_others import made
 
-from support.data import (
-    IGNORED,
-    Tokens,
-    fingerprint,
-    read_corpus,
-    read_prompts,
-    write_tokens,
-)
+from support.data import IGNORED, Tokens, fingerprint, read_corpus, read_prompts, write_tokens
 from support.tokenizer import Tokenizer
 from support.train_command import conversations
 
@@ -61,9 +55,10 @@ def test_prompts_are_rows_or_a_whole_file(tmp_path):
         read_prompts(tmp_path)
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
-    (tmp_path / "f.TXT").write_text(f"{BOM}a", encoding="utf-8")
-    assert texts(tmp_path / "f.TXT", tmp_path) == ["a", "a"]
+def test_a_byte_order_mark_is_no_text_and_a_name_need_not_be_utf8(tmp_path):
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.TXT"))
+    file.write_text(f"{BOM}a", encoding="utf-8")
+    assert texts(file, tmp_path) == ["a", "a"]
 
 
 def test_a_directory_says_what_it_skips_and_hides_git(tmp_path):
@@ -80,25 +75,19 @@ def test_a_directory_says_what_it_skips_and_hides_git(tmp_path):
     assert said == ["skipped 4 files that are not UTF-8 text"]
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        r'{"text": "a\ud800b"}',
-        r'{"prompt": "\udc00", "completion": "a"}',
-        r'{"messages": [{"role": "user", "content": "\ud800"}]}',
-        '{"messages": []}',
-        '{"messages": [{"role": "user"}]}',
-        '{"messages": [["user", "a"]]}',
-        '{"text": ["a"]}',
-        '{"messages": [{"role": "user", "content": null}]}',
-        '{"messages": "ab"}',
-        '{"text": 1}',
-        "[]",
-        "7",
-        "{",
-        "[" * 100_000,
-    ],
-)
+ROWS = [
+    r'{"text": "a\ud800b"}',
+    r'{"messages": [{"role": "user", "content": "\ud800"}]}',
+    '{"messages": []}',
+    '{"messages": [{"role": "user"}]}',
+    '{"text": ["a"]}',
+    "7",
+    "{",
+    "[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
 def test_a_row_that_cannot_be_used_is_named_by_file_and_row(tmp_path, row):
     (tmp_path / "e.jsonl").write_text(f"{ROW}\n\n{row}\n")
     with pytest.raises(ValueError, match=r"e\.jsonl, row 3 "):
@@ -124,23 +113,8 @@ def test_any_bytes_are_documents_or_one_line_that_names_the_file(pieces, name):
                 assert name in str(error) and len(str(error).splitlines()) == 1
 
 
-def test_a_name_that_is_not_utf8_is_a_name(tmp_path):
-    file = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")
-    Path(file).write_text("a" * 10)
-    assert [d.held_out in (True, False) for d in read_corpus([file, str(tmp_path)])] == [True] * 2
-
-
-def test_data_is_known_by_what_it_says_and_not_by_its_name(tmp_path):
-    for name, row in (("a.jsonl", ROW), ("b.jsonl", ROW), ("c.jsonl", ROW.replace("a", "b"))):
-        (tmp_path / name).write_text(row)
-    a, b, c = (fingerprint(read_corpus([str(tmp_path / f"{x}.jsonl")])) for x in "abc")
-    assert a == b != c
-
-
 def prepared(path: Path, rows: list[dict], tokenizer: Path) -> list[Tokens]:
-    file = path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    documents = read_corpus([str(file)])
+    documents = read_corpus([str(write_rows(path / "rows.jsonl", rows))])
     return list(write_tokens(documents, Tokenizer(tokenizer), path, conversations(tokenizer)))
 
 
@@ -181,11 +155,3 @@ def test_of_a_conversation_the_answers_are_learned_and_how_they_end(tmp_path, te
     first = end.removesuffix("</s>") if template else end
     assert runs == [f"{before}one{first}", f"{before}two{end}"]
     assert ids[-1] == 257 and learned[-1]
-
-
-def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
-    path = made(tmp_path / "a", "{{ raise_exception('roles must alternate') }}" + ENDLESS)
-    (path / "tokenizer_config.json").unlink()
-    rows = [{"messages": [{"role": "user", "content": "a"}]}]
-    with pytest.raises(ValueError, match=r"^rows\.jsonl:1: .*no chat template"):
-        prepared(tmp_path, rows, path)
