@@ -1,6 +1,4 @@
-"""What training shows: a line at each save, a word before it compiles, curves of its runs."""
-
-from io import BytesIO
+"""What training shows: a line at each save, and the curves of its runs."""
 
 import pytest
 from helpers import config_option, corpus, write_rows
@@ -35,23 +33,15 @@ def write(folder, rows):
 # Training
 
 
-@pytest.fixture
-def train(command, tmp_path):
-    """train("--steps", "4") -> code, out, err of a run in tmp_path / "run", of a tiny model."""
+def test_a_save_is_a_line_of_its_metrics(command, tmp_path):
     shape = dict(n_layers=6, dim=16, hidden_dim=32, n_heads=2, n_kv_heads=1, vocab_size=280)
-    where = f"--out {tmp_path}/run --data {corpus(tmp_path)} --seq 16 --batch 2".split()
-    return lambda *more: command(train_command.main, *where, *config_option(**shape), *more)
-
-
-def test_a_save_is_a_line_of_its_metrics(train, tmp_path):
-    run = train("--steps", "5", "--save-every", "2", "--no-compile")
-    assert run.code == 0 and "compiling" not in run.err
+    how = f"--out {tmp_path}/run --data {corpus(tmp_path)} --seq 16 --batch 2 --no-compile "
+    how += "--steps 5 --save-every 2"
+    run = command(train_command.main, *how.split(), *config_option(**shape))
     lines = [line for line in run.err.splitlines() if "held out" in line]
     _, saves = curves.read_run(tmp_path / "run")
-    assert [s["step"] for s in saves] == [2, 4, 5]
+    assert run.code == 0 and [s["step"] for s in saves] == [2, 4, 5]
     assert [line.strip() for line in lines] == [worth(s["held_out"]) for s in saves]
-    curves.draw(file := BytesIO(), {"run": curves.read_run(tmp_path / "run")})
-    assert file.getvalue().startswith(b"\x89PNG")
 
 
 def test_a_save_is_told_by_four_exits_and_the_last():
@@ -60,16 +50,6 @@ def test_a_save_is_told_by_four_exits_and_the_last():
         shown = [part.split(":")[0] for part in worth(found(*range(layers))).split() if ":" in part]
         shown = shown[1:]  # the heading
         assert shown[0] == "1" and shown[-1] == str(layers) and len(shown) <= 5
-
-
-def test_training_says_that_it_compiles(train, monkeypatch):
-    def compiled(self, *how, **more):
-        raise ValueError("here it would compile")
-
-    monkeypatch.setattr("torch.nn.Module.compile", lambda *how, **more: None)
-    monkeypatch.setattr(train_command.torch, "compile", lambda function: compiled)
-    run = train("--steps", "3", "--compile")
-    assert run.code == 2 and run.err.index("compiling (about") < run.err.index("here it would")
 
 
 # --------------------------------------
@@ -97,15 +77,11 @@ def test_curves_are_the_rows_of_two_runs(tmp_path, command, figures):
     assert [text.get_text() for text in named] == [str(a), str(b)]
 
 
-@pytest.mark.parametrize("kind", ["no folder", "no metrics", "no save", "damaged"])
-def test_what_is_no_run_is_one_line(tmp_path, command, kind):
+@pytest.mark.parametrize("rows", [None, ROWS[:2]])
+def test_what_is_no_run_is_one_line(tmp_path, command, rows):
     folder = tmp_path / "run"
-    if kind != "no folder":
-        write(folder, ROWS[:2])
-    if kind == "no metrics":
-        (folder / "metrics.jsonl").unlink()
-    if kind == "damaged":
-        (folder / "metrics.jsonl").write_text('{"step": 1, "lo')
+    if rows:  # without a save
+        write(folder, rows)
     run = command(curves.main, str(folder), "--png", str(tmp_path / "c.png"))
     assert run.code == 2 and run.err.count("\n") == 1 and "run" in run.err and not run.out
     assert not (tmp_path / "c.png").exists()
