@@ -50,13 +50,10 @@ def test_a_file_of_its_own_comes_first(tmp_path):
 
 @pytest.mark.parametrize("template, reason", [
     (None, "has no chat template"),
-    ([dict(name="tools", template="x")], "has no chat template"),
-    ([7], "has no chat template"),
+    ([7, dict(name="tools", template="x")], "has no chat template"),
     ("{% if %}", "is damaged"),
-    ("{% break %}", "is damaged"),
     ("{{ raise_exception('roles must alternate') }}", "refuses this: roles must alternate"),
     ("{{ messages.clear() }}", "refuses this"),
-    ("{{ messages[9].content + 1 }}", "refuses this"),
     ("{{ 1 / 0 }}", "refuses this"),
     ("{{ ''.__class__.__mro__ }}", "refuses this"),
     ("{{ 'a' * 10**12 }}", "refuses this"),
