@@ -1,6 +1,5 @@
 """A headless Chromium with one page, over its debugging pipe. No package needed."""
 
-import base64
 import json
 import os
 import shutil
@@ -81,9 +80,6 @@ class Browser:
         text = dict(text=key) if len(key) == 1 else {}
         self("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
         self("Input.dispatchKeyEvent", type="keyUp", key=key)
-
-    def screenshot(self) -> bytes:
-        return base64.b64decode(self("Page.captureScreenshot", format="png")["data"])
 
     def close(self) -> None:
         os.close(self.out), os.close(self.answers)
