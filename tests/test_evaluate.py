@@ -1,7 +1,6 @@
 """Evaluate measures what a few lines over the three verbs measure, and asks lm-eval as hf does."""
 
 import csv
-import json
 from argparse import Namespace
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from helpers import config_option
+from helpers import config_option, write_rows
 
 from bench.engine import ideal_speedup
 from extras import evaluate
@@ -56,8 +55,7 @@ def asked(*args) -> SimpleNamespace:
 def test_losses_are_those_of_six_lines_over_the_three_verbs(run, small, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "pass_seconds", lambda model: lambda layers, rows: layers + rows)
     monkeypatch.setattr(evaluate, "ROWS", 7)
-    file = tmp_path / "texts.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    file = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
     found = run("--data", file, "--csv", tmp_path / "t.csv", "--png", tmp_path / "t.png")
     assert found.code == 0, found.err
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
@@ -84,8 +82,7 @@ def test_losses_are_those_of_six_lines_over_the_three_verbs(run, small, tmp_path
 def test_long_texts_are_cut_and_prompts_have_no_loss(run, small, tmp_path):
     """Each token but the first is judged once, after those of its piece."""
     row = {"prompt": "x = 1\n" * 30, "completion": "y = 2\n" * 50}
-    file = tmp_path / "rows.jsonl"
-    file.write_text(f"{json.dumps(row)}\n" * 2)
+    file = write_rows(tmp_path / "rows.jsonl", [row] * 2)
     assert run("--data", file, "--csv", tmp_path / "t.csv", "--limit", 1, "--exits", 2).code == 0
     rows = table(tmp_path / "t.csv")
     assert [row["exit"] for row in rows] == ["2", "4"]
@@ -121,20 +118,19 @@ def test_likelihoods_of_a_batch_are_those_of_single_rows(target):
 
 
 def test_answers_do_not_depend_on_who_drafts_and_end_at_until(target):
-    contexts = ["def f(x):\n", "import os\n", "class A:\n"]
     full = target(settings=target().settings | dict(exit_layer=0))
     drafted = target(settings=target().settings | dict(exit_layer=2, min_confidence=0.0))
-    whole = [asked(context, dict(max_gen_toks=30)) for context in contexts]
-    texts = Judge(full, 4).generate_until(whole)
-    assert texts == Judge(drafted, 4).generate_until(whole) and all(texts)
-    alone = Judge(drafted, 2).generate_until(whole)
-    assert alone != texts and alone == Judge(full, 2).generate_until(whole)
-    for context, text in zip(contexts, texts):
-        for end in (text[7:9], text[11:12], [text[-3:], text[9:13], ""]):
-            how = dict(max_gen_toks=30, until=end)
-            cut = min(text.find(x) for x in ([end] if isinstance(end, str) else end) if x)
-            for who in (full, drafted):
-                assert Judge(who, 4).generate_until([asked(context, how)]) == [text[:cut]]
+
+    def answers(who, depth=4, **how) -> list[str]:
+        asks = [asked(c, dict(max_gen_toks=30) | how) for c in ("def f(x):\n", "import os\n")]
+        return Judge(who, depth).generate_until(asks)
+
+    texts, alone = answers(full), answers(drafted, 2)
+    assert texts == answers(drafted) != alone == answers(full, 2) and all(texts)
+    for end in (texts[0][7:9], texts[1][11:12], [texts[0][-3:], texts[1][9:13], ""]):
+        ends = [end] if isinstance(end, str) else end[:2]
+        cut = [text[: min(text.find(x) % 1000 for x in ends)] for text in texts]
+        assert answers(full, until=end) == answers(drafted, until=end) == cut
 
 
 has_lm_eval = pytest.mark.skipif(not find_spec("lm_eval"), reason="lm-eval: `make lm-eval`")
@@ -206,18 +202,14 @@ def test_the_full_model_answers_lm_eval_as_transformers_does(monkeypatch):
 
 
 @pytest.mark.skipif(not find_spec("rouge_score"), reason="rouge-score: `make lm-eval`")
-def test_summaries_are_scored_and_drafted_ones_are_the_full_models(run, tmp_path, small):
+def test_summaries_are_scored_and_drafted_ones_are_the_full_models(run, tmp_path, target):
     from rouge_score.rouge_scorer import RougeScorer
 
-    model, tokenizer = load(small, "float32", "cpu")
-    t = Namespace(model=model, tokenizer=tokenizer, batch=1)
-    t.settings = default_settings(small, model.config, tokenizer) | dict(exit_layer=0)
-    prompts, rows = ["def f(x):\n", "import os\n"], []
-    for prompt in prompts:
-        (text,) = Judge(t, 4).generate_until([asked(prompt, dict(max_gen_toks=20))])
-        rows.append(dict(prompt=prompt, reference=f"{text} and more of it"))
-    file = tmp_path / "s.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts, full = ["def f(x):\n", "import os\n"], target().settings | dict(exit_layer=0)
+    asks = [asked(prompt, dict(max_gen_toks=20)) for prompt in prompts]
+    texts = Judge(target(settings=full), 4).generate_until(asks)
+    rows = [dict(prompt=p, reference=f"{text} and more of it") for p, text in zip(prompts, texts)]
+    file = write_rows(tmp_path / "s.jsonl", rows)
     how = ["--max-new-tokens", 20, "--min-confidence", 0, "--exits", 2, "--csv", tmp_path / "s.csv"]
     found = run("--summaries", file, *how)
     assert found.code == 0, found.err
@@ -225,7 +217,6 @@ def test_summaries_are_scored_and_drafted_ones_are_the_full_models(run, tmp_path
     names = [row["way"] for row in (full, alone, drafted)]
     assert names == ["4 layers", "2 layers alone", "2 layers draft"]
     scorer = RougeScorer(["rouge1", "rougeL"])
-    texts = [row["reference"].removesuffix(" and more of it") for row in rows]
     for name in ("rouge1", "rougeL"):
         scores = [scorer.score(r["reference"], text)[name] for r, text in zip(rows, texts)]
         assert float(full[name]) == pytest.approx(sum(s.fmeasure for s in scores) / 2)
@@ -242,23 +233,21 @@ def test_summaries_are_scored_and_drafted_ones_are_the_full_models(run, tmp_path
 
 def test_exits_of_a_twin_that_was_trained_for_them_are_better(command, tmp_path):
     """Two tiny checkpoints, plain and LayerSkip, of the same data, seed and steps."""
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
+    (corpus := tmp_path / "corpus").mkdir()
     for n in range(60):
         lines = (f"def f{(n * k) % 7}(x):\n    return x + {(n + k) % 5}\n\n\n" for k in range(20))
         (corpus / f"{n}.py").write_text("".join(lines))
     heads = dict(n_heads=2, n_kv_heads=1)
     shape = config_option(n_layers=6, dim=32, hidden_dim=64, vocab_size=280, **heads)
     how = [*shape, *"--steps 150 --seq 32 --batch 8 --lr 3e-3 --no-compile".split()]
-    found = {}
+    more, found = ["--limit", "3", "--dtype", "float32", "--csv", str(tmp_path / "t.csv")], []
     for recipe in ("plain", "layerskip"):
         out, data = str(tmp_path / recipe), ["--data", str(corpus)]
         assert command(train_command.main, "--out", out, *data, "--recipe", recipe, *how).code == 0
-        more = ["--limit", "3", "--dtype", "float32", "--csv", str(tmp_path / "t.csv")]
         assert command(evaluate.main, "--ckpt", out, *data, *more).code == 0
         rows = table(tmp_path / "t.csv")
-        found[recipe] = [(float(row["loss"]), float(row["agreement"])) for row in rows[:3]]
-    for (plain, agrees), (better, follows) in zip(*found.values()):
+        found.append([(float(row["loss"]), float(row["agreement"])) for row in rows[:3]])
+    for (plain, agrees), (better, follows) in zip(*found):
         assert better < plain - 0.2 and follows > agrees + 0.03
 
 
@@ -269,14 +258,10 @@ FILES = {
     "good.jsonl": '{"prompt": "a", "reference": "b"}\n',
 }
 BAD = """
---data no_such_file
 --data empty.txt
 --data a.txt --exits 4
---data a.txt --exits 0
 --data a.txt --limit 0
 --data a.txt --csv missing/t.csv
---data a.txt --png .
---summaries a.txt
 --summaries bare.jsonl
 --ckpt none --data a.txt
 --tasks local_choice
@@ -291,7 +276,7 @@ def test_what_cannot_run_is_one_line_and_leaves_nothing(run, tmp_path, monkeypat
         (tmp_path / name).write_text(text)
     absent = line.startswith(("--tasks", "--summaries good"))
     monkeypatch.setattr(evaluate, "find_spec", lambda module: not absent)
-    if absent or "missing" in line or "png" in line:
+    if absent or "missing" in line:
         monkeypatch.setattr(evaluate, "start", None)  # not even begun
     before = sorted(tmp_path.iterdir())
     found = run(*line.split())
