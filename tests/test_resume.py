@@ -62,13 +62,13 @@ def start_some(out: Path, source: Path, count: int) -> list:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    return [start(out, source, common | rank) for rank in ranks]
+    ranks = map(str, range(count))
+    return [start(out, source, common | {"RANK": r, "LOCAL_RANK": r}) for r in ranks]
 
 
 def end(*processes, code: int = 0) -> None:
     for process in processes:
-        process.join(300)
+        process.join(600)
         assert process.exitcode == code
 
 
@@ -79,8 +79,8 @@ def stop(*processes, how=signal.SIGKILL) -> None:
             os.kill(process.pid, how)
 
 
-def wait_for(condition, process, seconds: float = 60) -> None:
-    late = time.monotonic() + seconds
+def wait_for(condition, process) -> None:
+    late = time.monotonic() + 200
     while not condition() and process.is_alive():
         assert time.monotonic() < late
         time.sleep(0.0005)
@@ -191,27 +191,37 @@ def test_a_compiled_run_goes_on_to_the_same_bits(whole, tmp_path):
     """Stopped before steps whose batches skip samples: other sizes than a run begins with."""
     one, other = prepared(whole[0], tmp_path / "one"), prepared(whole[0], tmp_path / "other")
     graphs = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "graphs")}
-    compiled = dict(extra=("--compile",), environment=graphs)
+    shape = config_option(**SMALL | dict(n_layers=2), vocab_size=400)  # fewer compile sooner
+    compiled = dict(extra=("--compile", *shape), environment=graphs)
     end(start(one, whole[1], **compiled))
     while step(other) < STEPS:
         process, begun = start(other, whole[1], **compiled), steps_done(other)
-        wait_for(lambda: steps_done(other) > begun + 12, process, 120)
+        wait_for(lambda: steps_done(other) > begun + 12, process)
         stop(process, how=signal.SIGINT)
-        process.join(120)
+        process.join()
         assert process.exitcode in (0, 130)
     assert_same_bits(one, other)
 
 
-def test_two_processes_stop_and_train_as_one(whole, run):
+HANDOVERS = [(1, signal.SIGKILL, 2), (2, signal.SIGKILL, 1), (2, signal.SIGINT, 2)]
+
+
+@pytest.mark.parametrize("first, how, second", HANDOVERS)
+def test_processes_train_as_one_however_many_go_on(whole, run, first, how, second):
     """Ctrl-C reaches one of them alone.
 
     Layer dropout of 0.6 on two samples each: often one process runs a layer alone.
     """
-    processes = start_some(run, whole[1], 2)
-    wait_for(lambda: steps_done(run) >= 4, processes[0])
-    stop(processes[1], how=signal.SIGINT)
-    end(*processes, code=130)
-    end(*start_some(run, whole[1], 2))
+    processes = start_some(run, whole[1], first)
+    wait_for(lambda: steps_done(run) >= 6, processes[0])
+    if how == signal.SIGINT:
+        stop(processes[1], how=how)
+        end(*processes, code=130)
+    else:
+        stop(*processes)
+    for process in processes:
+        process.join()
+    end(*start_some(run, whole[1], second))
     assert_close(run, whole[0])
 
 
@@ -226,17 +236,6 @@ def test_a_full_disk_leaves_the_last_state(whole, run):
     assert (run / "state.safetensors").read_bytes() == before
     end(start(run, whole[1]))
     assert_same_bits(run, whole[0])
-
-
-@pytest.mark.parametrize("first", [1, 2])
-def test_a_run_goes_on_with_more_or_less_processes(whole, run, first):
-    processes = start_some(run, whole[1], first)
-    wait_for(lambda: steps_done(run) >= 8, processes[0])
-    stop(*processes)
-    for process in processes:
-        process.join()
-    end(*start_some(run, whole[1], 3 - first))
-    assert_close(run, whole[0])
 
 
 @pytest.mark.parametrize("sharded_first", [False, True])
