@@ -430,7 +430,7 @@ BAD = f"""--ckpt \x1b[31m\x07
 --chat"""
 
 
-@pytest.mark.parametrize("options", BAD.splitlines())
+@pytest.mark.parametrize("options", BAD.splitlines(), ids=lambda options: options[:40])
 def test_bad_input_is_one_line_and_exit_code_two(cli, ckpt, terminal, options):
     terminal(True)  # it gets no prompt that cannot run
     assert_one_line(cli(*shlex.split(options.replace("OWN", f"{ckpt}/own.py"))))
