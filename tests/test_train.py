@@ -424,7 +424,7 @@ BAD = """--steps 0|--exits 24|--p-max 1|--seq 600|--config no.json|--config {odd
 @pytest.mark.parametrize("bad", BAD.replace("\n", "|").split("|"))
 def test_bad_settings_are_one_line(tmp_path, refused, bad):
     one, odd = (config_option(**SMALL | x)[1] for x in (dict(n_layers=1), dict(dim=-1)))
-    last = refused(tmp_path / "run", bad.format(one=one, odd=odd), ())
+    last = refused(tmp_path / "run", "--data none " + bad.format(one=one, odd=odd), ())
     words = [word.strip("-") for word in bad.split() if len(word) > 2]
     assert any(word in last for word in (*words, "model of one layer"))
     assert not (tmp_path / "run" / "model.safetensors").exists()
