@@ -35,6 +35,7 @@ from support.train_command import conversations
 
 WINDOW = 2048  # the most tokens of --data that see each other
 ROWS = 1024  # that are unembedded at once: logits are large
+BATCH = 8  # texts whose likelihoods are found together
 ROUGE = ["rouge1", "rouge2", "rougeL"]
 
 
@@ -94,8 +95,7 @@ def packed(model: Llama) -> Llama:
 class Judge:
     """The first `depth` layers as a model of lm-eval, whose TemplateLM has the rest.
 
-    It answers as lm-eval's own `hf` does. Likelihoods are the plain model's, texts a packed
-    copy's. The full model's texts are drafted as t.settings say.
+    Likelihoods are the plain model's, texts a packed copy's, drafted as t.settings say.
     """
 
     eot_token_id = prefix_token_id = 0
@@ -127,7 +127,7 @@ class Judge:
         """
         found: dict[int, tuple[float, bool]] = {}
         order = sorted(range(len(rows)), key=lambda n: -len(rows[n][1] + rows[n][2]))
-        while places := order[len(found) : len(found) + self.t.batch]:
+        while places := order[len(found) : len(found) + BATCH]:
             progress(f"exit {self.depth}: {len(found)} of {len(rows)} likelihoods")
             texts = [torch.tensor((rows[n][1] + rows[n][2])[-self.size - 1 :]) for n in places]
             x = pad_sequence(texts, batch_first=True).to(self.model.device)  # on the right
@@ -141,10 +141,7 @@ class Judge:
         return [found[n] for n in range(len(rows))]
 
     def generate_until(self, requests: list) -> list[str]:
-        """For (context, settings): the text that follows, up to one of `until`.
-
-        Tokens are looked at one by one, so the end does not depend on rounds.
-        """
+        """For (context, settings): the text that follows, up to one of `until`."""
         texts, model = list[str](), keep_layers(packed(self.model), range(self.depth))
         alone = dict(exit_layer=0) if self.depth < self.model.config.n_layers else {}
         for context, how in (request.args for request in requests):
@@ -155,15 +152,12 @@ class Judge:
             ends = how.get("until") or []
             ends = [ends] if isinstance(ends, str) else [end for end in ends if end]
             settings = self.t.settings | dict(max_new_tokens=count) | alone
-            text, stream = "", Stream(self.t.tokenizer, [])
+            stream, text = Stream(self.t.tokenizer, [], ends), ""
             for token in (n for r in generate(model, ids, **settings) for n in r.emitted):
                 text += stream.feed([token])
-                if any(end in text for end in ends):
+                if stream.stopped:
                     break
-            text += stream.finish()
-            for end in ends:
-                text = text.partition(end)[0]
-            texts.append(text)
+            texts.append(text + stream.finish())
         return texts
 
 
@@ -242,7 +236,6 @@ def main() -> None:
     add("--exits", type=int, nargs="+", default=[], metavar="E", help="alone; of --data: all")
     add("--include-path", type=Path, metavar="DIR", help="tasks of a folder, not lm-eval's own")
     add("--limit", type=int, default=1 << 30, metavar="N", help="of each, the first N")
-    add("--batch", type=int, default=8, metavar="N", help="likelihoods together; %(default)s")
     add("--csv", type=Path, metavar="FILE", help="write the table")
     add("--png", type=Path, metavar="FILE", help="draw it")
     t = p.parse_args()
@@ -251,8 +244,8 @@ def main() -> None:
         for given, module in needed:
             if given and not find_spec(module):
                 raise ValueError(f"this needs a package: pip install {module.replace('_', '-')}")
-        if min(t.batch, t.limit) < 1:
-            raise ValueError("--batch and --limit must be at least 1")
+        if t.limit < 1:
+            raise ValueError("--limit must be at least 1")
         t.model, t.tokenizer, _, t.settings = start(Namespace(**vars(t), no_exact=True))
         if not all(0 < e < t.model.config.n_layers for e in t.exits):
             raise ValueError(f"--exits must be from 1 to {t.model.config.n_layers - 1}")

@@ -31,10 +31,10 @@ def run(command, small):
 
 @pytest.fixture
 def target(small):
-    """target(batch=3) -> what a Judge works with: the small model, which drafts with 2 layers."""
+    """target(settings=...) -> what a Judge takes: the small model, which drafts with 2 layers."""
     model, tokenizer = load(small, "float32", "cpu")
     settings = default_settings(small, model.config, tokenizer)
-    how: dict = dict(model=model, tokenizer=tokenizer, settings=settings, batch=1)
+    how: dict = dict(model=model, tokenizer=tokenizer, settings=settings)
     return lambda **changes: Namespace(**how | changes)
 
 
@@ -105,8 +105,9 @@ def test_likelihoods_of_a_batch_are_those_of_single_rows(target):
     rows = [(None, encode(text), encode(f"y{i} = ", bos=False)) for i, text in enumerate(TEXTS)]
     rows += [(None, encode("a b c d " * 200), [7, 8, 9]), (None, [1], [5])]
     for depth in (2, 4):
-        single = Judge(target(), depth)._loglikelihood_tokens(rows)
-        batch = Judge(target(batch=3), depth)._loglikelihood_tokens(rows)
+        single, batch = [], Judge(target(), depth)._loglikelihood_tokens(rows)
+        for row in rows:
+            single += Judge(target(), depth)._loglikelihood_tokens([row])
         model = target().model
         for (_, context, ids), one, many in zip(rows, single, batch):
             x = torch.tensor([(context + ids)[-model.config.max_len - 1 :]])
@@ -176,9 +177,10 @@ def test_the_full_model_answers_lm_eval_as_transformers_does(monkeypatch):
     from lm_eval.tasks import TaskManager
 
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(evaluate, "BATCH", 1)
     model, tokenizer = load(REAL, "float32", "cpu")
     settings = default_settings(REAL, model.config, tokenizer)
-    t = Namespace(model=model, tokenizer=tokenizer, settings=settings, batch=1)
+    t = Namespace(model=model, tokenizer=tokenizer, settings=settings)
     ours = type("Ours", (Judge, TemplateLM), {})(t, model.config.n_layers)
     theirs = HFLM(pretrained=str(REAL), dtype="float32", batch_size=1, device="cpu")
     tasks = TaskManager(include_path="tests/tasks", include_defaults=False)
