@@ -527,8 +527,9 @@ def well_formed(trace: Any, golden: dict, groups: dict, filters: int) -> tuple[l
         raise Malformed(f"filters is not a list of {filters} lists of ids")
     cases, batches = trace.get("cases", []), trace.get("batches", [])
     names, rounds = [case["name"] for case in cases], []
-    if len(set(names)) < len(names) or not set(names) <= golden.keys() or not (cases or batches):
-        raise Malformed(f"these are not names of cases.json, each once: {names!r:.60}")
+    wrong = [name for name in names if name not in golden or names.count(name) > 1]
+    if wrong or not (cases or batches):
+        raise Malformed(f"these are not cases of cases.json, each once: {wrong!r:.60}")
     for name, case in zip(names, cases):
         given, wanted = ({"prompt": c["prompt"]} | c["settings"] for c in (case, golden[name]))
         for key in wanted | given:
