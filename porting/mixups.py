@@ -69,7 +69,7 @@ def of_another(broken: Any, e: dict, own: Any, o: Any) -> Iterator[tuple[str, st
         yield from by_eos(e["emitted"], wants["emitted"], own, o)
         if len(g["emitted"]) in (emitted, e["length"] - len(own.tokens) + 1):
             yield "12.9", "as many as the tokens"
-    elif broken.rule in ("3.1", "6.2") and e["start"] == g["start"]:
+    elif broken.rule in ("3.1", "6.2") and e.get("start") == g["start"]:
         yield "12.9", "the length"
 
 

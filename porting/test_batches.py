@@ -285,3 +285,12 @@ def test_a_missing_sequence_is_named():
     found["batches"][0]["steps"][-2:] = []
     broken = check.check(found).broken
     assert broken.rule == "12.1" and "lane-confidence" in str(broken)
+
+
+def test_a_length_that_is_ahead_is_named_without_start():
+    found = trace("few-slots")
+    e = entries(found)[0]
+    del e["start"], e["logits"], e["exit_queries"]
+    e["drafted"][0], e["length"] = 1 - e["drafted"][0] % 2, e["length"] + 1
+    broken = check.check(found).broken
+    assert broken.rule == "12.10" and "(length is 1 ahead)" in str(broken)
