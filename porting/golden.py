@@ -4,19 +4,16 @@
     python porting/golden.py --verify                 exit code 1 if the reference gives others now
     python porting/golden.py --trace OUT [--dtype T]  the reference's own trace, for check.py
 
-Given are the checkpoints in golden/, the names, prompts and settings of cases and filters, and the
-batches.
-Other machines sum in other orders, so vectors are compared within a tolerance, and tokens exactly.
-That is sound because no choice is close: a case in which a token, a filter or a confidence stop
-hangs on less than MARGIN is refused. So float32 and float64 have the same tokens. Exact ties are in
-the cases of golden/ties, whose arithmetic is exact.
+Given are the checkpoints in golden/, names, prompts and settings, and the batches. A case in which
+a token, a filter or a confidence stop hangs on less than MARGIN is refused (SPEC.md, 10.6). So
+float32 and float64 have the same tokens.
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +39,19 @@ Vectors = dict[str, np.ndarray]
 
 
 class Watched:
-    """What draft and verify need of a model; notes its layer runs and how close its doubts are."""
+    """What draft and verify need of a model; notes its layer runs and what its exit says."""
 
-    def __init__(self, model: Llama, min_confidence: float):
+    def __init__(self, model: Llama):
         self.model, self.config, self.embed = model, model.config, model.embed
-        self.min_confidence, self.closest = min_confidence, 1.0
-        self.runs = np.zeros(model.config.n_layers, int)
+        self.runs, self.said = np.zeros(model.config.n_layers, int), list[Tensor]()
 
     def run_layers(self, h: Tensor, first: int, last: int, *where: Any) -> Tensor:
         self.runs[first:last] += len(h)
         return self.model.run_layers(h, first, last, *where)
 
     def unembed(self, h: Tensor) -> Tensor:
-        logits = self.model.unembed(h)
-        if self.min_confidence:
-            off = abs(float(logits.float().softmax(-1).max()) - self.min_confidence)
-            self.closest = min(self.closest, 10 * off)
-        return logits
+        self.said.append(self.model.unembed(h))
+        return self.said[-1]
 
 
 def margin(logits: Tensor, position: int, sampling: Sampling) -> float:
@@ -84,32 +77,29 @@ def margin(logits: Tensor, position: int, sampling: Sampling) -> float:
 @torch.inference_mode()
 def decode(model: Llama, prompt: list[int], s: dict) -> tuple[list[dict], Vectors, float]:
     """One case: rounds, vectors (the rows of all rounds joined), and the narrowest choice."""
-    c, e, tokens = model.config, s["exit_layer"], list(prompt)
-    rounds: list[dict] = []
+    c, e, tokens, margins = model.config, s["exit_layer"], list(prompt), list[float]()
     sampling = Sampling(s["temperature"], s["top_k"], s["top_p"], s["seed"])
-    pick, eos = partial(next_token, sampling=sampling), c.eos if s["eos"] is None else s["eos"]
-    sure = s["min_confidence"]
-    drafter: Any = Watched(model, sure)
-    verifier: Any = Watched(model, 0.0)
-    margins: list[float] = []
+    eos, sure = c.eos if s["eos"] is None else s["eos"], s["min_confidence"]
 
-    def noted(logits: Tensor, position: int) -> int:
+    def pick(logits: Tensor, position: int) -> int:
         margins.append(margin(logits, position, sampling))
-        return pick(logits, position)
+        return next_token(logits, position, sampling)
 
     end = min(len(prompt) + s["max_new_tokens"], c.max_len)
     cache = new_cache(model, end, s["draft_len"])
     found: dict[str, list] = {"logits": [], "exit_queries": [], "layer_runs": []}
+    rounds: list[dict] = []
     prefill(model, cache, prompt[:-1])
     while len(tokens) < end and not (rounds and tokens[-1] in eos):
-        n, guesses = len(tokens), []
-        drafter.runs, verifier.runs = np.zeros((2, c.n_layers), int)
+        watched: Any = Watched(model)
+        n, guesses = len(tokens), list[int]()
         if e:
             limit = min(s["draft_len"], end - n - 1)
-            guesses = draft(drafter, cache, tokens[-1], limit, noted, e, sure, eos)
+            guesses = draft(watched, cache, tokens[-1], limit, pick, e, sure, eos)
             found["exit_queries"].append(cache.queries[: len(guesses) + 1].numpy().copy())
-        logits = verify(verifier, cache, tokens[-1:] + guesses, e)
-        margins += [margin(row, n + i, sampling) for i, row in enumerate(logits)]
+            tops = [float(x.float().softmax(-1).max()) for x in watched.said if sure]
+            margins += [10 * abs(top - sure) for top in tops]
+        logits = verify(watched, cache, tokens[-1:] + guesses, e)
         emitted = accept(guesses, logits, n, pick, eos)
         start, accepted = cache.length, sum(a == b for a, b in zip(guesses, emitted))
         cache.commit(len(emitted))
@@ -117,11 +107,11 @@ def decode(model: Llama, prompt: list[int], s: dict) -> tuple[list[dict], Vector
         r = dict(drafted=guesses, accepted=accepted, emitted=emitted)
         rounds.append(r | dict(start=start, length=cache.length))
         found["logits"].append(logits.numpy())
-        found["layer_runs"].append((drafter.runs + verifier.runs)[None])
+        found["layer_runs"].append(watched.runs[None])
     vectors = {kind: np.concatenate(rows) for kind, rows in found.items() if rows}
     for kind in ("keys", "values"):
         vectors[kind] = getattr(cache, kind)[:, :, : cache.length].numpy().copy()
-    return rounds, vectors, min([drafter.closest, *margins])
+    return rounds, vectors, min(margins, default=1.0)
 
 
 def replay(dtype: str, *parts: str) -> Iterator[tuple[dict, list[dict], Vectors]]:
@@ -129,12 +119,11 @@ def replay(dtype: str, *parts: str) -> Iterator[tuple[dict, list[dict], Vectors]
 
     Raises ValueError on a choice that hangs on less than MARGIN.
     """
-    models: dict[str, Llama] = {}
+    load = functools.cache(load_checkpoint)
     for case in committed(GOLDEN, parts or PARTS)["cases"]:
         name = case.get("model", "model")
-        if name not in models:
-            models[name] = load_checkpoint(GOLDEN / name, DTYPES[dtype])
-        rounds, vectors, narrowest = decode(models[name], case["prompt"], case["settings"])
+        model = load(GOLDEN / name, DTYPES[dtype])
+        rounds, vectors, narrowest = decode(model, case["prompt"], case["settings"])
         if narrowest < MARGIN and name != "ties":
             name = f"{dtype}, case {case['name']}"
             raise ValueError(f"{name}: a choice hangs on {narrowest:.1e}, less than {MARGIN}")

@@ -4,7 +4,6 @@ Each sequence is right alone, so what one of them does in a batch is looked for 
 """
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,11 +57,8 @@ def of_another(broken: Any, e: dict, own: Any, o: Any) -> Iterator[tuple[str, st
         if picked(broken, own, own.s, len(o.tokens) + row_of(broken, own)):
             yield "12.2", "by noise of the position"
     elif broken.rule in ("5.0", "5.1.3", "5.1.4"):
-        last, more = e["drafted"][-1:], drafted > len(wants["drafted"])
-        if last and last[0] in o.eos and not more:
-            yield "12.6", f"{last[0]}, an EOS,"
-        if more and wants["drafted"] and wants["drafted"][-1] in own.eos:
-            yield "12.6", f"goes on after {wants['drafted'][-1]}, no EOS"
+        more = drafted > len(wants["drafted"])
+        yield from by_eos(e["drafted"], wants["drafted"], own, o)
         top, own_sure, sure = confidence(own, drafted), *(x.s["min_confidence"] for x in (own, o))
         if (more and broken.rule == "5.1.4") or (not more and 0 < sure and own_sure < top <= sure):
             if own_sure != sure:
@@ -70,15 +66,19 @@ def of_another(broken: Any, e: dict, own: Any, o: Any) -> Iterator[tuple[str, st
         elif o.now and drafted in (len(g["drafted"]), o.s["draft_len"], o.end - len(o.tokens) - 1):
             yield "12.4", "as many as by d, limit or k"
     elif broken.rule in ("5.3", "7.1", "5.4"):
-        last = e["emitted"][-1:]
-        if emitted < len(wants["emitted"]) and last and last[0] in o.eos:
-            yield "12.6", f"{last[0]}, an EOS,"
-        if emitted > len(wants["emitted"]) and wants["emitted"][-1] in own.eos:
-            yield "12.6", f"goes on after {wants['emitted'][-1]}, no EOS"
+        yield from by_eos(e["emitted"], wants["emitted"], own, o)
         if len(g["emitted"]) in (emitted, e["length"] - len(own.tokens) + 1):
             yield "12.9", "as many as the tokens"
-    elif broken.rule in ("3.1", "6.2") and e["start"] == g["start"]:
+    elif broken.rule in ("3.1", "6.2") and e.get("start") == g["start"]:
         yield "12.9", "the length"
+
+
+def by_eos(found: list[int], wants: list[int], own: Any, o: Any) -> Iterator[tuple[str, str]]:
+    """Whether an EOS of o ended these tokens of own, or one of own did not."""
+    if len(found) < len(wants) and found and found[-1] in o.eos:
+        yield "12.6", f"{found[-1]}, an EOS,"
+    if len(found) > len(wants) and wants and wants[-1] in own.eos:
+        yield "12.6", f"goes on after {wants[-1]}, no EOS"
 
 
 def row_of(broken: Any, own: Any) -> int:
@@ -87,13 +87,10 @@ def row_of(broken: Any, own: Any) -> int:
 
 
 def exit_logits(own: Any, row: int) -> np.ndarray:
-    """What the exit says of a row, from the golden exit query (11.1, 11.6)."""
-    from safetensors.numpy import load_file
+    """What the exit says of a row, from the golden exit query."""
+    from numpy_decode import Llama
 
-    w = load_file(own.folder / "model.safetensors")
-    q = own.vectors["exit_queries"][own.row + row].astype(np.float64)
-    x = q / np.sqrt((q * q).mean() + own.eps) * w["model.norm.weight"]
-    return w["lm_head.weight"] @ x
+    return Llama(own.folder, "float64").unembed(own.vectors["exit_queries"][own.row + row])
 
 
 def confidence(own: Any, row: int) -> float:
@@ -106,12 +103,9 @@ def confidence(own: Any, row: int) -> float:
 
 def picked(broken: Any, own: Any, settings: dict, position: int) -> bool:
     """Whether these settings and this position lead to the token that was found."""
-    from numpy_decode import Decoder
+    from numpy_decode import pick
 
     row = row_of(broken, own)
-    if broken.layer == "the head":
-        logits = own.vectors["logits"][own.row + row]
-    else:
-        logits = exit_logits(own, row)
-    token = Decoder.pick(SimpleNamespace(settings=settings), logits, position)  # type: ignore
-    return str(token) == str(broken.found)
+    at_head = broken.layer == "the head"
+    logits = own.vectors["logits"][own.row + row] if at_head else exit_logits(own, row)
+    return pick(logits, position, settings) == broken.found

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from check import GOLDEN, committed
 
+Array = np.ndarray
 
-def read_tensors(file: Path) -> dict[str, np.ndarray]:
+
+def read_tensors(file: Path) -> dict[str, Array]:
     """The tensors of a safetensors file (11.8)."""
     raw = file.read_bytes()
     start, tensors = 8 + int.from_bytes(raw[:8], "little"), {}
@@ -30,25 +32,35 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def softmax(x: np.ndarray) -> np.ndarray:
+def softmax(x: Array) -> Array:
     """Over the last dimension."""
     x = np.exp(x - x.max(-1, keepdims=True))
     return x / x.sum(-1, keepdims=True)
 
 
-def keep_likely(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """4.3: filter(logits / T), float64 (V,), -inf where a token is not kept."""
-    x = logits.astype(np.float64) / temperature
-    if 0 < top_k < len(x):
-        x[x < np.sort(x)[-top_k]] = -np.inf
-    if top_p < 1:
+def keep_likely(logits: Array, s: dict) -> Array:
+    """4.3: filter(logits / T), float64 (V,), -inf where a token is not kept. s: settings."""
+    x = logits.astype(np.float64) / s["temperature"]
+    if 0 < s["top_k"] < len(x):
+        x[x < np.sort(x)[-s["top_k"]]] = -np.inf
+    if s["top_p"] < 1:
         order = np.argsort(-x, kind="stable")
         likely = softmax(x)[order]
-        x[order[np.cumsum(likely) - likely >= top_p]] = -np.inf
+        x[order[np.cumsum(likely) - likely >= s["top_p"]]] = -np.inf
     return x
 
 
-def scaled(frequency: np.ndarray, rope: dict) -> np.ndarray:
+def pick(logits: Array, position: int, s: dict) -> int:
+    """4.1 to 4.4: the token at a position, from logits (V,). s: settings."""
+    if s["temperature"] == 0:
+        return int(logits.argmax())
+    x = keep_likely(logits, s)
+    random = np.random.Generator(np.random.Philox(key=s["seed"], counter=[0, 0, 0, position]))
+    u = random.random(len(x)) * (1 - 2.0**-53) + 2.0**-54
+    return int((x - np.log(-np.log(u))).argmax())
+
+
+def scaled(frequency: Array, rope: dict) -> Array:
     """11.4.5: float32 (hd / 2,)."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -81,15 +93,15 @@ class Llama:
         self.w = {name: x.astype(dtype) for file in files for name, x in file.items()}
         self.w.setdefault("lm_head.weight", self.w["model.embed_tokens.weight"])  # a tied head
 
-    def norm(self, h: np.ndarray, name: str) -> np.ndarray:
+    def norm(self, h: Array, name: str) -> Array:
         """11.1: RMSNorm of rows h (T, dim)."""
         return h / np.sqrt((h * h).mean(-1, keepdims=True) + self.eps) * self.w[f"{name}.weight"]
 
-    def linear(self, h: np.ndarray, name: str) -> np.ndarray:
+    def linear(self, h: Array, name: str) -> Array:
         """11.2: h (T, in) times a stored weight (out, in), transposed."""
         return h @ self.w[f"{name}.weight"].T
 
-    def rotate(self, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def rotate(self, x: Array, positions: Array) -> Array:
         """11.4: x (T, heads, hd), turned by positions (T,)."""
         angle = positions.astype(np.float32)[:, None, None] * self.frequency
         wide = angle.astype(np.float64)
@@ -97,13 +109,11 @@ class Llama:
         a, b = np.split(x, 2, -1)
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
-    def embed(self, tokens: list[int]) -> np.ndarray:
+    def embed(self, tokens: list[int]) -> Array:
         """Hidden states (T, dim) of T tokens."""
         return self.w["model.embed_tokens.weight"][tokens]
 
-    def run_layers(
-        self, h: np.ndarray, first: int, last: int, cache: "Decoder", start: int
-    ) -> np.ndarray:
+    def run_layers(self, h: Array, first: int, last: int, cache: "Decoder", start: int) -> Array:
         """Layers [first, last) on rows h (T, dim) of one text, at positions from `start`."""
         positions = np.arange(start, start + len(h))
         cache.layer_runs[first:last] += len(h)
@@ -111,40 +121,31 @@ class Llama:
         return self.run_rows(h, first, last, cache, positions, positions, unseen)
 
     def run_rows(
-        self,
-        h: np.ndarray,
-        first: int,
-        last: int,
-        cache: "Decoder | Batch",
-        positions: np.ndarray,
-        slots: np.ndarray,
-        unseen: np.ndarray,
-    ) -> np.ndarray:
-        """Layers [first, last) on rows h (T, dim). Their keys and values go to slots (T,).
+        self, h: Array, first: int, last: int, cache: Any, at: Array, slots: Array, unseen: Array
+    ) -> Array:
+        """Layers [first, last) on rows h (T, dim) at positions (T,). Their keys go to slots (T,).
 
         unseen (T, S): which of the first S slots a row does not see.
         """
         for l in range(first, last):
-            at = f"model.layers.{l}"
-            x = self.norm(h, f"{at}.input_layernorm")
-            q, k, v = (
-                self.linear(x, f"{at}.self_attn.{name}_proj").reshape(len(h), -1, self.head_dim)
-                for name in "qkv"
-            )
-            cache.keys[l, :, slots] = self.rotate(k, positions)
+            name = f"model.layers.{l}"
+            x = self.norm(h, f"{name}.input_layernorm")
+            parts = (self.linear(x, f"{name}.self_attn.{part}_proj") for part in "qkv")
+            q, k, v = (part.reshape(len(h), -1, self.head_dim) for part in parts)
+            cache.keys[l, :, slots] = self.rotate(k, at)
             cache.values[l, :, slots] = v
             keys, values = (x[l, :, : unseen.shape[1]] for x in (cache.keys, cache.values))
-            shared = self.rotate(q, positions).reshape(len(h), self.kv_heads, -1, self.head_dim)
+            shared = self.rotate(q, at).reshape(len(h), self.kv_heads, -1, self.head_dim)
             score = np.einsum("tkgd,ksd->tkgs", shared, keys) * self.head_dim**-0.5  # 11.5
             score = np.where(unseen[:, None, None], -np.inf, score)
             mixed = np.einsum("tkgs,ksd->tkgd", softmax(score), values).reshape(len(h), -1)
-            h = h + self.linear(mixed, f"{at}.self_attn.o_proj")
-            x = self.norm(h, f"{at}.post_attention_layernorm")
-            gate, up = (self.linear(x, f"{at}.mlp.{name}_proj") for name in ("gate", "up"))
-            h = h + self.linear(gate / (1 + np.exp(-gate)) * up, f"{at}.mlp.down_proj")
+            h = h + self.linear(mixed, f"{name}.self_attn.o_proj")
+            x = self.norm(h, f"{name}.post_attention_layernorm")
+            gate, up = (self.linear(x, f"{name}.mlp.{part}_proj") for part in ("gate", "up"))
+            h = h + self.linear(gate / (1 + np.exp(-gate)) * up, f"{name}.mlp.down_proj")
         return h
 
-    def unembed(self, h: np.ndarray) -> np.ndarray:
+    def unembed(self, h: Array) -> Array:
         """Logits (T, V) of hidden states (T, dim) after any layer."""
         return self.linear(self.norm(h, "model.norm"), "lm_head")
 
@@ -165,16 +166,6 @@ class Decoder:
         self.queries = np.zeros((settings["draft_len"] + 1, model.dim), model.dtype)
         self.layer_runs, self.length = np.zeros(model.n_layers, int), 0
 
-    def pick(self, logits: np.ndarray, position: int) -> int:
-        """4.1 to 4.4. The position is that of the token picked."""
-        s = self.settings
-        if s["temperature"] == 0:
-            return int(logits.argmax())
-        x = keep_likely(logits, s["temperature"], s["top_k"], s["top_p"])
-        random = np.random.Generator(np.random.Philox(key=s["seed"], counter=[0, 0, 0, position]))
-        u = random.random(len(x)) * (1 - 2.0**-53) + 2.0**-54
-        return int((x - np.log(-np.log(u))).argmax())
-
     def prefill(self) -> None:
         """6.2: every known token but the last."""
         if len(self.tokens) > 1:
@@ -182,26 +173,21 @@ class Decoder:
             self.model.run_layers(h, 0, self.model.n_layers, self, 0)
         self.length = len(self.tokens) - 1
 
-    def doubts(self, logits: np.ndarray) -> bool:
-        """5.1.4: whether the exit is too unsure of its logits (V,) to draft."""
-        sure = self.settings["min_confidence"]
-        return sure > 0 and softmax(logits.astype(np.float32)).max() <= sure
-
     @property
     def limit(self) -> int:
         """5.0"""
         return min(self.settings["draft_len"], self.end - len(self.tokens) - 1)
 
-    def guess(self, drafted: list[int], h: np.ndarray) -> bool:
+    def guess(self, drafted: list[int], h: Array) -> bool:
         """5.1.2 to 5.1.5 for h (dim,) of the last row: adds a token. False: drafting stops."""
-        row, n = len(drafted), len(self.tokens)
+        row, n, sure = len(drafted), len(self.tokens), self.settings["min_confidence"]
         self.queries[row] = h
         if row == self.limit or (drafted and drafted[-1] in self.eos):
             return False
-        logits = self.model.unembed(h[None])[0]
-        if self.doubts(logits):
+        logits = self.model.unembed(h)
+        if sure > 0 and softmax(logits.astype(np.float32)).max() <= sure:  # 5.1.4
             return False
-        drafted.append(self.pick(logits, n + row))
+        drafted.append(pick(logits, n + row, self.settings))
         return True
 
     def draft(self) -> list[int]:
@@ -217,34 +203,30 @@ class Decoder:
             drafting = self.guess(drafted, h[0])
         return drafted
 
-    def rows(self, drafted: list[int]) -> np.ndarray:
+    def rows(self, drafted: list[int]) -> Array:
         """What verification starts from: exit queries q_0..q_k, or the embedded token."""
         return self.queries[: len(drafted) + 1] if self.exit else self.model.embed(self.tokens[-1:])
 
-    def verify(self, drafted: list[int]) -> np.ndarray:
+    def verify(self, drafted: list[int]) -> Array:
         """5.2: logits (k + 1, V) from layers [E, L), which go on from the exit queries."""
         h = self.rows(drafted)
         h = self.model.run_layers(h, self.exit, self.model.n_layers, self, self.length)
         return self.model.unembed(h)
 
-    def accept(self, drafted: list[int], logits: np.ndarray) -> list[int]:
+    def accept(self, drafted: list[int], logits: Array) -> list[int]:
         """5.3: the verifier's tokens, as far as the draft foresaw them, and one more."""
         emitted = []
         for row, foreseen in enumerate([*drafted, None]):
-            emitted.append(self.pick(logits[row], len(self.tokens) + row))
+            emitted.append(pick(logits[row], len(self.tokens) + row, self.settings))
             if emitted[-1] != foreseen or emitted[-1] in self.eos:
                 break
         return emitted
 
-    def rewind(self, drafted: list[int], emitted: list[int]) -> None:
-        """5.4: what was rejected is forgotten by not being counted."""
-        self.length += len(emitted)
-        self.tokens += emitted
-
-    def finish(self, drafted: list[int], logits: np.ndarray) -> dict:
+    def finish(self, drafted: list[int], logits: Array) -> dict:
         """5.3 and 5.4; the round, as in 10.2."""
         start, emitted = self.length, self.accept(drafted, logits)
-        self.rewind(drafted, emitted)
+        self.length += len(emitted)  # 5.4: what was rejected is forgotten by not being counted
+        self.tokens += emitted
         accepted = sum(a == b for a, b in zip(drafted, emitted))
         r = dict(drafted=drafted, accepted=accepted, emitted=emitted)
         r |= dict(start=start, length=self.length, layer_runs=self.layer_runs.tolist())
@@ -293,7 +275,7 @@ class Batch:
         del s.table[positions:]
         s.table += [self.free.pop() for _ in range(positions - len(s.table))]
 
-    def run(self, h: np.ndarray, first: int, last: int, rows: list) -> np.ndarray:
+    def run(self, h: Array, first: int, last: int, rows: list) -> Array:
         """Layers [first, last) on h (T, dim), for rows (sequence, position)."""
         unseen = np.ones((len(rows), self.keys.shape[2]), bool)
         for row, (s, p) in enumerate(rows):
@@ -318,7 +300,7 @@ class Batch:
             h = self.run(h, 0, group[0].exit, rows)
             group = [s for s, query in zip(group, h) if s.guess(s.drafted, query)]
 
-    def verify(self, group: list[Sequence]) -> list[np.ndarray]:
+    def verify(self, group: list[Sequence]) -> list[Array]:
         """5.2 for one E: logits (k + 1, V) of each."""
         starts = [s.rows(s.drafted) for s in group]
         rows = [(s, s.length + i) for s, h in zip(group, starts) for i in range(len(h))]
@@ -352,40 +334,35 @@ class Batch:
             yield self.step()
 
 
-def load_golden(dtype: str) -> dict[str, Llama]:
-    """The golden checkpoints, by the names that cases give them."""
-    return {folder.name: Llama(folder, dtype) for folder in GOLDEN.iterdir() if folder.is_dir()}
-
-
-def trace_batches(
-    model: Llama, golden: dict, batch: type[Batch] = Batch, sequence: type[Sequence] = Sequence
-) -> list[dict]:
-    """The batches of a trace (20.2)."""
-    cases, traced = {case["name"]: case for case in golden["cases"]}, []
-    for b in golden["batches"]:
-        how = [(cases[name]["prompt"], cases[name]["settings"]) for name in b["sequences"]]
-        waiting = [sequence(name, model, *s) for name, s in zip(b["sequences"], how)]
-        steps = [*batch(model, b["lanes"], b["slots"]).steps(waiting)]
-        traced.append({"name": b["name"], "steps": steps})
-    return traced
-
-
-def trace(models: dict[str, Llama], golden: dict, decoder: type[Decoder] = Decoder) -> dict:
-    """The trace of golden cases (10.2), with keys and values of short ones."""
-    traced = []
+def trace(dtype: str) -> dict:
+    """The trace of everything in golden/ (10.2, 20.2), with keys and values of short cases."""
+    golden, traced, batches = committed(), [], []
+    models = {folder.name: Llama(folder, dtype) for folder in GOLDEN.iterdir() if folder.is_dir()}
     for case in golden["cases"]:
-        d = decoder(models[case.get("model", "model")], case["prompt"], case["settings"])
+        d = Decoder(models[case.get("model", "model")], case["prompt"], case["settings"])
         traced.append({key: case[key] for key in ("name", "prompt", "settings")})
         traced[-1]["rounds"] = list(d.rounds())
         if len(d.tokens) < 32:
             for kind in ("keys", "values"):
                 traced[-1][kind] = getattr(d, kind)[:, :, : d.length].tolist()
-    kept = []
-    for f in golden["filters"]:
-        x = keep_likely(np.array(f["logits"]), f["temperature"], f["top_k"], f["top_p"])
-        kept.append(np.flatnonzero(x > -np.inf).tolist())
-    found = {"format": "layerskip-trace-1", "dtype": str(models["model"].dtype), "cases": traced}
-    return found | {"filters": kept, "batches": trace_batches(models["model"], golden)}
+    for b in golden["batches"]:
+        waiting = sequences(models["model"], b, golden["cases"])
+        steps = Batch(models["model"], b["lanes"], b["slots"]).steps(waiting)
+        batches.append({"name": b["name"], "steps": list(steps)})
+    found = {"format": "layerskip-trace-1", "dtype": dtype, "cases": traced, "batches": batches}
+    return found | {"filters": kept(golden["filters"])}
+
+
+def kept(filters: list[dict]) -> list[list[int]]:
+    """The ids that golden filters keep."""
+    found = [keep_likely(np.array(f["logits"]), f) > -np.inf for f in filters]
+    return [np.flatnonzero(x).tolist() for x in found]
+
+
+def sequences(model: Llama, batch: dict, cases: list[dict]) -> list[Sequence]:
+    """Those of a golden batch."""
+    of = {case["name"]: (case["prompt"], case["settings"]) for case in cases}
+    return [Sequence(name, model, *of[name]) for name in batch["sequences"]]
 
 
 def main() -> None:
@@ -394,7 +371,7 @@ def main() -> None:
     p.add_argument("--dtype", choices=["float64", "float32"], default="float64")
     args = p.parse_args()
     try:
-        args.trace.write_text(json.dumps(trace(load_golden(args.dtype), committed())))
+        args.trace.write_text(json.dumps(trace(args.dtype)))
     except OSError as error:
         p.exit(2, f"numpy_decode.py: {error}\n")
 
