@@ -89,27 +89,6 @@ TEMPLATES = {
 {{- '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{%- endif %}
 {%- endfor -%}
 {% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}""",
-    "Mistral": """{%- if messages[0]["role"] == "system" %}
-    {%- set system_message = messages[0]["content"] %}
-    {%- set loop_messages = messages[1:] %}
-{%- else %}
-    {%- set loop_messages = messages %}
-{%- endif %}
-{{- bos_token }}
-{%- for message in loop_messages %}
-    {%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}
-        {{- raise_exception("roles must alternate: user, assistant, user, assistant") }}
-    {%- endif %}
-    {%- if message["role"] == "user" %}
-        {%- if loop.last and system_message is defined %}
-            {{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
-        {%- else %}
-            {{- "[INST] " + message["content"] + "[/INST]" }}
-        {%- endif %}
-    {%- else %}
-        {{- " " + message["content"] | trim + eos_token }}
-    {%- endif %}
-{%- endfor %}""",
     "generation tag, JSON": """{% for m in messages if m.role != 'system' %}
 {% if m.role == 'user' %}{{ m | tojson(sort_keys=true) }}{% else %}
 {% generation %}
@@ -139,15 +118,11 @@ CONVERSATIONS = {
     "turns": said("hi", "the fox", "  the\n lazy dog \n", "jumps", "over"),
     "other letters": said("漢字 é\u00a0😀", "ö\u2028\t", "\u2581the\u2581 \ufffd"),
     "a system message": said("hi", "the fox", "go", system="the quick brown fox"),
-    "an empty system message": said("hi", system=""),
-    "an empty message": said(""),
     "empty messages": said("", "", "", system=""),
     "white space": said(" ", "\n", "\n\n ", system=" \n"),
     "no alternation": [*said("hi"), *said("again")],
-    "an assistant first": [dict(role="assistant", content="hi"), *said("go")],
     "a special token": said("a</s>b"),
-    "only a special token": said("<s>"),
-    "special tokens at the ends": said("</s> the ", " fox<|im_end|>", "<unk>x<|eot_id|>"),
+    "special tokens at the ends": said("</s> the ", " fox<|im_end|>", "<s>"),
     "special tokens in a row": said("<s><s></s></s", "</s</s>", "<|im_end|>\n<|im_start|>system"),
     "a special token in a system message": said("hi", system="the <|end_header_id|> fox</s> "),
     "added tokens": said("<|user|>\n<think>", "a </think> b</think>c", "<｜User｜> go\n<|user|>"),
@@ -193,20 +168,18 @@ def metaspace(path: Path, scheme: str = "first") -> None:
     write_json(path, model, trainer)
 
 
-def sentencepiece(path: Path, **config: bool) -> None:
-    """A tokenizer.model as Llama 2's, and added tokens in tokenizer_config.json."""
-    model = io.BytesIO()
-    SentencePieceTrainer.Train(
-        sentence_iterator=iter([TEXT] * 4),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=380,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
+def write_pieces(path: Path, **options: object) -> None:
+    """A tokenizer.model with byte fallback."""
+    model, text = io.BytesIO(), iter([TEXT] * 4)
+    usual = dict(model_type="bpe", vocab_size=380, byte_fallback=True, minloglevel=2)
+    how: dict = dict(sentence_iterator=text, model_writer=model) | usual | options
+    SentencePieceTrainer.Train(**how)
     (path / "tokenizer.model").write_bytes(model.getvalue())
+
+
+def sentencepiece(path: Path, **config: bool) -> None:
+    """As Llama 2's, and added tokens in tokenizer_config.json."""
+    write_pieces(path, normalization_rule_name="identity", remove_extra_whitespaces=False)
     flags = dict(lstrip=False, rstrip=False, single_word=False, normalized=False)
     told = {
         i: flags | dict(content=text, special=text not in PLAIN)

@@ -80,7 +80,7 @@ NESTED: list = []
 for _ in range(200):
     NESTED = [NESTED]
 VALUES = [None, True, "", "a%s", [], {}, -1, 0, 1e308, 5e-324, 10**400, 2**63, NESTED, "x" * 10**6]
-VALUES += [math.nan, math.inf]  # Python reads and writes these, too
+VALUES += [math.nan, math.inf, 1, 2**31]  # Python reads and writes the first two, too
 
 
 def pick(chance: Chance, things) -> Any:
@@ -147,19 +147,12 @@ def flip(file: Path, chance: Chance) -> None:
     file.write_bytes(content)
 
 
-def confuse(file: Path, chance: Chance) -> None:
-    """Puts wrong values, and sizes that are too large, in a few places of a file's JSON."""
-    for _ in range(pick(chance, [2, 3, 4])):
-        place = pick(chance, places(cut_out(file)[1]))
-        put(file, place, pick(chance, [*VALUES, *(2**n for n in range(32))]))
-
-
 # --------------------------------------
 # Cases
 
 HEADERS = ("model.safetensors", "state.safetensors")  # the files whose headers are gone through
 UNREAD = ("config.json", "model.safetensors", "generation_config.json")  # by a run that goes on
-KINDS = "damaged templates tokens damaged folders settings damaged spoiled folders data".split()
+KINDS = "damaged templates tokens damaged folders settings damaged spoiled folders".split()
 FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
 NAMES = [*SPECIAL, *ADDED, *PLAIN, "[PAD]", "<new>", "fox", " ", "", None]
 IDS = [None, 0, 1, 2, 2.0, 299, 300, 419, 420, -1, [], [2], [2, 3], [3, 2, 500], "2", True]
@@ -196,15 +189,11 @@ CONTENTS: dict[str, Callable[[bytes], bytes]] = {  # that a file may have in pla
     "empty": lambda _: b"",
     "half": lambda content: content[: len(content) // 2],
     "a mark": lambda content: b"\xef\xbb\xbf" + content,
-    "two marks": lambda content: b"\xef\xbb\xbf" * 2 + content,
     "UTF-16": lambda content: content.decode(errors="replace").encode("utf-16"),
-    "Latin-1": lambda content: b"\xe9" + content,
     "lines": lambda content: b"\r\n" + content.replace(b"\n", b"\r\n") + b"\r\n \r\n",
-    "zeros": lambda content: content + b"\0\0",
     "a surrogate": lambda content: content.replace(b'"', b'"\\ud800', 1),
 }
 MOVES = [*CONTENTS, *"gone gone shut folder pipe link loop stray stray stray".split()]
-TEXTS = ["a", "é漢😀\n", " two\r\nlines ", "", "\u2028x", "z" * 9000]  # of data
 
 
 class Maker:
@@ -247,12 +236,11 @@ class Maker:
         return source.parent.name, file.name, what, value
 
     def spoiled(self, chance: Chance) -> object:
-        """Bytes or values by chance."""
+        """Bytes by chance."""
         source = pick(chance, self.files(*self.sources))
         shutil.copytree(source.parent, self.work)
-        how = confuse if source.suffix == ".json" and chance.random() < 0.5 else flip
-        how(self.work / source.name, chance)
-        return source.parent.name, source.name, how.__name__
+        flip(self.work / source.name, chance)
+        return source.parent.name, source.name
 
     def templates(self, chance: Chance) -> object:
         """A chat template with other parts, in one of the places where templates are."""
@@ -323,30 +311,3 @@ class Maker:
                 file.symlink_to(file if what == "loop" else old)
                 old.chmod(0 if what == "shut" else 0o444)  # keeps out who is not root
         return did
-
-    def data(self, chance: Chance) -> object:
-        """Rows and text in files as people have them, some of them damaged."""
-        folder, wanted, did = self.work / "corpus", list[Any](), list[Any]()
-        (folder / ".git").mkdir(parents=True)
-        (folder / ".git" / "config").write_text("not this")
-        for n in range(pick(chance, [1, 2, 3])):
-            a, b = pick(chance, TEXTS), pick(chance, TEXTS)
-            said = [dict(role="user", content=a), dict(role="assistant", content=b)]
-            rows = [dict(text=a), dict(prompt=a, completion=b), dict(messages=said, id=1)]
-            random.Random(n + len(a)).shuffle(rows)
-            suffix = pick(chance, ".jsonl .JSONL .ndjson .json .Json .txt .py".split())
-            end, plain = pick(chance, ["\n", "\r\n", "\n \n"]), pick(chance, [True, False])
-            text = end.join(json.dumps(row, ensure_ascii=plain) for row in rows) + end
-            if suffix in (".txt", ".py"):
-                text, rows = a, [dict(text=a.replace("\r\n", "\n"))]
-            elif suffix.lower() == ".json" and plain:
-                text = json.dumps(rows, indent=2)
-            file = folder / f"{n}{suffix}"
-            file.write_bytes((pick(chance, ["", "\ufeff"]) + text).encode())
-            wanted += rows
-            did.append((file.name, end, plain))
-        if whole := chance.random() < 0.6:
-            (self.work / "wanted.json").write_text(json.dumps(wanted))
-        else:
-            flip(file, chance)
-        return did, whole

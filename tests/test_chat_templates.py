@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from chat_table import CONVERSATIONS, KINDS, TEMPLATES, said
 from conftest import ROOT
+from test_machines import typed
 from test_special_tokens import BOS, EOS, config, put, write_json, write_model, write_pieces
-from test_special_tokens import decode as decode
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from extras.chat import CLOSE, OPEN, Chat
+from support.decode_command import main
 
 USER, HI = "{{ messages[0].content }}", said("hi")
 
@@ -51,19 +52,6 @@ def test_a_text_after_a_special_token_is_no_start(tmp_path):
     assert Chat(tmp_path).ask("i</s>h")[:2] == [3, 5] and Chat(tmp_path).ask("i</s>h")[-1] == 4
 
 
-@pytest.mark.parametrize("side, ids", [("rstrip", [71, 256, 72]), ("lstrip", [71, 256, 220, 72])])
-def test_a_special_token_takes_white_space_as_it_says(tmp_path, side, ids):
-    write_json(tmp_path)
-    how = {"content": BOS, "special": True, side: True, "normalized": False}
-    told = {"added_tokens_decoder": {"256": how}}
-    config(
-        tmp_path,
-        chat_template="h " * (side == "lstrip") + "h" * (side == "rstrip") + BOS + " " + USER,
-        **told,
-    )
-    assert Chat(tmp_path).ask("i") == ids
-
-
 @pytest.mark.parametrize("legacy, first", [(False, "t"), (True, "▁t"), (None, "t")])
 def test_a_sentencepiece_model_puts_its_space_at_the_start_or_everywhere(tmp_path, legacy, first):
     write_pieces(tmp_path)
@@ -74,38 +62,32 @@ def test_a_sentencepiece_model_puts_its_space_at_the_start_or_everywhere(tmp_pat
     assert pieces[:2] == ["<s>", first] and pieces[-1] == "t"
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_special_tokens_come_from_the_template_alone(tmp_path, kind, template):
-    """As many as with messages that name none, and the messages' text is whole."""
+def test_special_tokens_come_from_the_template_alone(tmp_path, kind):
+    """As many as with messages that name none."""
     KINDS[kind](tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATES[template], encoding="utf-8")
-    chat = Chat(tmp_path)
-    ids = {chat.tokenizer.added[text] for text in chat.tokenizer.special}
+    for template in TEMPLATES.values():
+        (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+        chat = Chat(tmp_path)
+        ids = {chat.tokenizer.added[text] for text in chat.tokenizer.special}
 
-    def special(messages):
-        chat.messages = messages[:-1]
-        return [i for i in chat.ask(messages[-1]["content"]) if i in ids]
+        def special(messages):
+            chat.messages = messages[:-1]
+            return [i for i in chat.ask(messages[-1]["content"]) if i in ids]
 
-    for title in (title for title in CONVERSATIONS if "special" in title):
-        messages = CONVERSATIONS[title]
-        plain = [m | dict(content="a") for m in messages]
-        assert special(messages) == special(plain), title
+        for title, messages in CONVERSATIONS.items():
+            if "special" in title:
+                assert special(messages) == special([m | dict(content="a") for m in messages])
 
 
 def test_a_piece_of_the_model_that_a_template_uses_is_guarded_too(tmp_path):
     """A user-defined symbol is found in any text, so it is cut apart."""
     write_pieces(tmp_path, user_defined_symbols=["<|im_end|>"])
-    config(
-        tmp_path,
-        chat_template=USER + "<|im_end|>",
-        added_tokens_decoder={"3": {"content": "<|im_end|>"}},
-    )
+    listed = {"3": {"content": "<|im_end|>"}}
+    config(tmp_path, chat_template=USER + "<|im_end|>", added_tokens_decoder=listed)
     chat = Chat(tmp_path)
-    ids = chat.ask("the<|im_end|>fox")
-    assert (
-        ids.count(3) == 1 and ids[-1] == 3 and chat.tokenizer.decode(ids[:-1]) == "the<|im_end|>fox"
-    )
+    *ids, end = chat.ask("the<|im_end|>fox")
+    assert end == 3 not in ids and chat.tokenizer.decode(ids) == "the<|im_end|>fox"
 
 
 def test_marks_in_messages_change_no_special_token(tmp_path):
@@ -125,11 +107,8 @@ def test_marks_in_messages_change_no_special_token(tmp_path):
     "template, text",
     [
         ("{{ bos_token }}" + USER, "hi"),
-        ("{% if tools is not none %}TOOLS{% endif %}" + USER, "hi"),
-        ("{% if documents is not none %}DOCUMENTS{% endif %}" + USER, "hi"),
-        ("{% if tools is not defined %}NONE{% endif %}" + USER, "hi"),
+        ("{{ tools is none and documents is none }}", "True"),
         ("{{ bos_token is defined }}{{ pad_token is defined }}", "FalseFalse"),
-        ("{% generation %}" + USER + "{% endgeneration %}", "hi"),
         ("a\n{%- generation -%}\n{{ messages[0].role }}\n{%- endgeneration -%}\nb", "auserb"),
         ("{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}", "21"),
         ("{{ messages|tojson(ensure_ascii=False, indent=2) }}", json.dumps(HI, indent=2)),
@@ -150,13 +129,6 @@ def test_the_names_of_a_sentencepiece_model_are_its_own_unless_the_config_says_n
     assert Chat(tmp_path).render(HI) == "<s>|</s>|<unk>"
     config(tmp_path, chat_template=template, bos_token=None, eos_token="<|end|>")
     assert Chat(tmp_path).render(HI) == "|<|end|>|<unk>"
-
-
-def test_names_in_special_tokens_map_reach_the_template(tmp_path):
-    write_json(tmp_path, BOS, EOS)
-    config(tmp_path, chat_template="{{ bos_token }}{{ eos_token }}")
-    put(tmp_path, "special_tokens_map.json", bos_token={"content": BOS}, eos_token=EOS)
-    assert Chat(tmp_path).ask("hi") == [256, 257]
 
 
 def test_a_template_is_utf8_in_any_locale(tmp_path):
@@ -204,37 +176,43 @@ def test_the_oldest_turns_go_when_the_room_is_full_and_the_system_message_stays(
     assert len(long) > 30, "one message too long for the room is left to the model's own refusal"
 
 
-def test_a_conversation_goes_on_for_an_hour(tmp_path, decode):
+def decoded(command, path: Path, *options: str) -> list[dict]:
+    """What decode.py says of each line that was typed, in JSON."""
+    words = "--dtype float32 --interactive --json --ckpt".split()
+    run = command(main, *words, str(path), *options)
+    assert run.code == 0, run.err
+    return [json.loads(line) for line in run.out.splitlines()]
+
+
+def test_a_conversation_goes_on_for_an_hour(tmp_path, command, monkeypatch):
     chat_of(tmp_path, TURNS)
     write_model(tmp_path, 258, eos=())
     put(tmp_path, "generation_config.json", eos_token_id=[])
-    lines = "".join(f"message {i}\n" for i in range(8)).encode()
-    chat = ["--chat", "--interactive", "--json", "--system", "be kind"]
-    code, out, err = decode(tmp_path, *chat, stdin=lines)
-    runs = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and len(runs) == 8, err
-    assert "the context is full" in err and "refuse" not in err
-    prompts = [Chat(tmp_path).tokenizer.decode(run["settings"]["prompt_ids"]) for run in runs]
-    assert all(
-        p.startswith("[s]be kind[u]") and p.endswith(f"message {i}") for i, p in enumerate(prompts)
-    )
-    assert all(run["ids"] for run in runs)
+    typed(monkeypatch, *(f"message {i}" for i in range(5)))
+    runs = decoded(command, tmp_path, "--chat", "--system", "be kind", "--max-new-tokens", "90")
+    assert len(runs) == 5 and all(run["ids"] for run in runs)
+    for i, run in enumerate(runs):
+        prompt = Chat(tmp_path).tokenizer.decode(run["settings"]["prompt_ids"])
+        assert prompt.startswith("[s]be kind[u]") and prompt.endswith(f"message {i}")
+    assert "message 0" not in prompt, "the room was full"
 
 
-def test_reset_begins_anew_and_is_text_without_chat(tmp_path, decode):
+def test_reset_begins_anew_and_is_text_without_chat(tmp_path, command, monkeypatch):
     chat_of(tmp_path, TURNS)
     write_model(tmp_path, 258)
-    few = ["--interactive", "--json", "--max-new-tokens", "3"]
-    code, out, _ = decode(tmp_path, *few, "--chat", "--system", "S", stdin=b"a\n/reset\na\nb\n")
-    first, again, more = (json.loads(line)["settings"]["prompt_ids"] for line in out.splitlines())
-    assert code == 0 and first == again and more[: len(first)] == first
-    code, out, _ = decode(tmp_path, *few, stdin=b"/reset\n")
-    assert code == 0 and json.loads(out)["settings"]["prompt"] == "/reset"
+    few = "--max-new-tokens", "3"
+    typed(monkeypatch, "a", "/reset", "a", "b")
+    runs = decoded(command, tmp_path, *few, "--chat", "--system", "S")
+    first, again, more = (run["settings"]["prompt_ids"] for run in runs)
+    assert first == again and more[: len(first)] == first
+    typed(monkeypatch, "/reset")
+    (run,) = decoded(command, tmp_path, *few)
+    assert run["settings"]["prompt"] == "/reset"
 
 
-def test_a_system_message_needs_a_chat_and_a_template_that_takes_it(tmp_path, decode):
+def test_a_system_message_needs_a_chat_and_a_template_that_takes_it(tmp_path, command):
     chat_of(tmp_path, "{{ raise_exception('no system') if messages[0].role == 'system' }}x")
     write_model(tmp_path, 258)
     for options, reason in (([], "add --chat"), (["--chat"], "refuses this: no system")):
-        code, out, err = decode(tmp_path, "--system", "S", *options)
-        assert code == 2 and not out and reason in err and err.count("\n") == 1
+        run = command(main, "--ckpt", str(tmp_path), "--system", "S", *options)
+        assert run.code == 2 and not run.out and reason in run.err and run.err.count("\n") == 1

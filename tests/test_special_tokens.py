@@ -1,17 +1,16 @@
 """BOS, EOS and added tokens are what the files of a checkpoint say, in the order that is stated."""
 
-import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from sentencepiece import SentencePieceTrainer
+from test_tokenizer import sentencepiece as write_pieces
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from extras.chat import Chat
 from model import Config, Llama, save_checkpoint
-from support import decode_command
+from support.decode_command import main
 from support.tokenizer import Stream, Tokenizer
 from train import initialise
 
@@ -40,50 +39,14 @@ def write_json(path: Path, *special: str, template: str | None = None) -> None:
     model.save(str(path / "tokenizer.json"))
 
 
-def write_pieces(path: Path, **options: object) -> None:
-    """A tokenizer.model of 300 pieces: <unk>, <s>, </s> and others."""
-    model = io.BytesIO()
-    how: dict = dict(model_type="bpe", vocab_size=300, byte_fallback=True, minloglevel=2)
-    text = iter(["the quick brown fox jumps over the lazy dog"] * 40)
-    SentencePieceTrainer.Train(sentence_iterator=text, model_writer=model, **how | options)
-    (path / "tokenizer.model").write_bytes(model.getvalue())
-
-
-def write_model(path: Path, vocab: int, **changes: object) -> None:
-    shape = Config(vocab, 32, 64, 4, 2, 1, 16, 256, **changes)  # type: ignore[arg-type]
-    model = Llama(shape)
-    initialise(model, 0)
+def write_model(path: Path, vocab: int, layers: int = 4, **changes: object) -> None:
+    shape = Config(vocab, 32, 64, layers, 2, 1, 16, 256, **changes)  # type: ignore[arg-type]
+    initialise(model := Llama(shape), 0)
     save_checkpoint(model, path)
-
-
-@pytest.fixture
-def decode(capsys, monkeypatch):
-    """decode(path, "--full", stdin=b"...") -> exit code, stdout and stderr of decode.py."""
-
-    def call(path, *args, stdin=b""):
-        words = ["decode.py", "--ckpt", str(path), "--device", "cpu", "--dtype", "float32", *args]
-        monkeypatch.setattr(sys, "argv", words)
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        code = 0
-        try:
-            decode_command.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
 
 
 # --------------------------------------
 # Which tokens BOS and EOS are
-
-
-def test_names_in_tokenizer_config_are_bos_and_eos(tmp_path):
-    write_json(tmp_path, "<|im_start|>", "<|im_end|>")
-    config(tmp_path, bos_token="<|im_start|>", eos_token={"content": "<|im_end|>"})
-    tokenizer = Tokenizer(tmp_path)
-    assert (tokenizer.bos, tokenizer.eos) == (256, 257)
-    assert tokenizer.encode("hi") == [71, 72], "no template puts BOS before a text"
 
 
 SAYS = {  # what each file says EOS is, in the stated order; ids from 256 on
@@ -131,7 +94,7 @@ def test_a_sentencepiece_model_says_its_own_last(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "template, before", [("$A {e}", []), ("{b} $A {e}", [256]), ("{b} $A", [256])]
+    "template, before", [("$A {e}", []), ("{b} $A {e}", [256]), ("{b} {e} $A", [256, 257])]
 )
 def test_eos_after_a_text_is_dropped_and_bos_is_what_stands_before(tmp_path, template, before):
     write_json(tmp_path, BOS, EOS, template=template.format(b=BOS, e=EOS))
@@ -142,23 +105,13 @@ def test_eos_after_a_text_is_dropped_and_bos_is_what_stands_before(tmp_path, tem
     assert tokenizer.encode("hi", bos=False) == [71, 72], "no token of the text is lost"
 
 
-def test_two_tokens_before_a_text_stay_together(tmp_path):
-    write_json(tmp_path, "<a>", "<b>", "<c>", template="<b> <a> $A <c>")
-    tokenizer = Tokenizer(tmp_path)
-    assert (tokenizer.bos, tokenizer.eos) == (257, 258)
-    assert tokenizer.encode("hi") == [257, 256, 71, 72]
-    assert tokenizer.encode("hi", bos=False) == [71, 72]
-
-
 @pytest.mark.parametrize("said", [True, False, None])
 def test_add_bos_token_of_a_sentencepiece_model_is_followed(tmp_path, said):
     write_pieces(tmp_path)
-    if said is not None:
-        config(tmp_path, add_bos_token=said)
+    config(tmp_path, **{} if said is None else {"add_bos_token": said})
     tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.encode("the")[:1] == (
-        [tokenizer.encode("the", bos=False)[0]] if said is False else [1]
-    )
+    before = [] if said is False else [1]
+    assert tokenizer.encode("the") == before + tokenizer.encode("the", bos=False)
     assert tokenizer.bos == 1
 
 
@@ -172,17 +125,12 @@ def grown(path: Path) -> None:
     pieces = {Tokenizer(path).file.model.id_to_piece(i): i for i in range(300)}
     model = Backend(models.BPE(pieces, [], unk_token="<unk>", byte_fallback=True))
     model.pre_tokenizer = pre_tokenizers.Metaspace()
-    model.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
     model.add_special_tokens(["<s>", "</s>"])
     model.add_tokens(["<|im_start|>"])
     model.save(str(path / "tokenizer.json"))
 
 
 def test_the_file_with_more_tokens_serves_prompts_and_chats(tmp_path):
-    from extras.chat import Chat
-
     grown(tmp_path)
     tokenizer = Tokenizer(tmp_path)
     assert tokenizer.vocab_size == 301 and tokenizer.encode("<|im_start|>") == [300]
@@ -204,38 +152,37 @@ def decoder_of(*texts: str, first: int) -> dict:
     return {str(first + i): dict(content=text, special=True) for i, text in enumerate(texts)}
 
 
-@pytest.mark.parametrize("write, size", [(write_pieces, 300), (lambda p: write_json(p, BOS), 257)])
-@pytest.mark.parametrize("where", ["added_tokens_decoder", "added_tokens.json", "a name", "a list"])
+END = "<|im_end|>"
+NAMED = {"eos_token": END}
+WHERE = {  # a token is added: what tokenizer_config.json says of it, and another file
+    "a table": lambda size: (NAMED | {"added_tokens_decoder": decoder_of(END, first=size)}, {}),
+    "another file": lambda size: (NAMED, {END: size}),
+    "a name": lambda size: (NAMED, {}),
+    "a list": lambda size: ({"additional_special_tokens": [END]}, {}),
+}
+WRITERS = [
+    lambda path: write_pieces(path, remove_extra_whitespaces=False),
+    lambda path: write_json(path, "<a>"),
+]
+
+
+@pytest.mark.parametrize("write, size", [*zip(WRITERS, (300, 257))])
+@pytest.mark.parametrize("where", WHERE)
 def test_tokens_that_other_files_add_have_ids_and_no_text(tmp_path, write, size, where):
     write(tmp_path)
-    if where == "added_tokens_decoder":
-        config(
-            tmp_path,
-            eos_token="<|im_end|>",
-            added_tokens_decoder=decoder_of("<|im_end|>", first=size),
-        )
-    elif where == "added_tokens.json":
-        put(tmp_path, where, **{"<|im_end|>": size})
-        config(tmp_path, eos_token="<|im_end|>")
-    elif where == "a name":
-        config(tmp_path, eos_token="<|im_end|>")
-    else:
-        config(tmp_path, additional_special_tokens=["<|im_end|>"])
+    about, other = WHERE[where](size)
+    config(tmp_path, **about)
+    put(tmp_path, "added_tokens.json", **other)
     tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.vocab_size == size + 1 and tokenizer.added["<|im_end|>"] == size
+    assert tokenizer.vocab_size == size + 1 and tokenizer.added[END] == size
     assert tokenizer.eos == (2 if where == "a list" and size == 300 else size)
-    ids = tokenizer.encode("the fox")
-    assert tokenizer.decode([size, *ids, size]) == tokenizer.decode(ids)
-    stream = Stream(tokenizer, [])
-    assert "".join(stream.feed([i]) for i in [*ids, size]) + stream.finish() == tokenizer.decode(
-        ids
-    )
+    ids, stream = tokenizer.encode("the fox"), Stream(tokenizer, [])
+    text = tokenizer.decode(ids)
+    assert tokenizer.decode([size, *ids, size]) == text
+    assert "".join(stream.feed([i]) for i in [*ids, size]) + stream.finish() == text
 
 
-@pytest.mark.parametrize(
-    "write",
-    [lambda p: write_pieces(p, remove_extra_whitespaces=False), lambda p: write_json(p, "<a>")],
-)
+@pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize(
     "flag, text, plain, flagged",
     [
@@ -281,7 +228,7 @@ def test_add_prefix_space_of_a_sentencepiece_model_is_followed(tmp_path):
     assert tokenizer.file.parse("the") == without
 
 
-@pytest.mark.parametrize("table", [[1], {"x": {"content": "<a>"}}, {"300": 7}, {"300": {}}, "x"])
+@pytest.mark.parametrize("table", [[1], {"x": {"content": "<a>"}}, {"300": {}}])
 def test_added_tokens_that_are_no_table_are_one_line(tmp_path, table):
     write_pieces(tmp_path)
     config(tmp_path, added_tokens_decoder=table)
@@ -294,20 +241,16 @@ def test_added_tokens_that_are_no_table_are_one_line(tmp_path, table):
 # A tokenizer with more tokens than the model
 
 
-def test_a_token_more_than_the_model_has_loads_and_is_refused_in_a_prompt_alone(tmp_path, decode):
-    write_json(tmp_path, BOS, EOS, "[PAD]")
-    write_model(tmp_path, 258)
-    short = ["--max-new-tokens", "4"]
-    code, _, _ = decode(tmp_path, "--prompt", "hi", *short)
-    assert code == 0
-    for more in ([], ["--exit", "auto"], ["--full"]):
-        code, _, err = decode(tmp_path, "--prompt", "a [PAD] b, many words of it", *short, *more)
-        assert code == 2 and err.count("\n") == 1 and "outside the vocabulary of 258" in err
-
-
-def test_a_named_token_that_is_in_no_file_loads_too(tmp_path, decode):
-    write_json(tmp_path, BOS, EOS)
+def test_a_token_more_than_the_model_has_is_refused_in_a_prompt_alone(tmp_path, command):
+    """Whether a file lists it, as here <pad>, or only a name, as [PAD]."""
+    write_json(tmp_path, BOS, EOS, "<pad>")
     config(tmp_path, bos_token=BOS, eos_token=EOS, pad_token="[PAD]")
     write_model(tmp_path, 258)
-    assert Tokenizer(tmp_path).vocab_size == 259
-    assert decode(tmp_path, "--prompt", "hi", "--max-new-tokens", "4")[0] == 0
+    assert Tokenizer(tmp_path).vocab_size == 260
+    run = f"--ckpt {tmp_path} --dtype float32 --max-new-tokens 4 --prompt".split()
+    assert command(main, *run, "hi").code == 0
+    for more in (["--exit", "auto"], ["--full"]):
+        for token in ("[PAD]", "<pad>"):
+            said = command(main, *more, *run, f"a {token} b, many words of it")
+            assert said.code == 2 and said.err.count("\n") == 1
+            assert "outside the vocabulary of 258" in said.err
