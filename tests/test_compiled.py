@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DRAFTERS, decode, same_bits, tiny_config, tiny_model
+from helpers import DRAFTERS, SMALL, decode, same_bits, tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -17,7 +17,7 @@ from decode import Sampling, generate
 from exact import pack
 from extras import compiled, products
 
-CONFIG = dict(n_layers=3, n_heads=2, n_kv_heads=1, dim=32, hidden_dim=48, head_dim=16, max_len=150)
+CONFIG = SMALL | dict(max_len=150)
 decode_90 = partial(decode, max_new_tokens=90)
 
 

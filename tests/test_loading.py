@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -17,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from model import Config, load_checkpoint, rotary_frequencies, rotate, save_checkpoint
+from model import Config, load_checkpoint, save_checkpoint
 from support.checkpoint import (
     META_NAMES,
     CheckpointError,
@@ -115,33 +114,12 @@ def test_shards_of_an_index_are_the_single_file(tmp_path, dtype):
     assert load_checkpoint(tmp_path, torch.float32).dtype == torch.float32
 
 
-def test_interleaved_and_half_split_rotary_are_the_same_function(tmp_path):
-    """Against Meta's own formula, complex multiplication of neighbouring pairs, in NumPy."""
-    model = tiny_model(meta_config(), dtype=torch.float64)
-    c, x = model.config, torch.randn(5, model.config.dim, dtype=torch.float64)
-    write_meta(model, tmp_path / "meta", 1, 0)
-    name = "layers.0.attention.wq.weight"
-    interleaved = load_file(tmp_path / "meta" / "consolidated.00.safetensors")[name]
-    _, tensors = read_checkpoint(tmp_path / "meta")
-    half_split = tensors["layers.0.self_attn.q_proj.weight"].read()
-    half = c.head_dim // 2
-    angle = np.arange(5)[:, None] * rotary_frequencies(c).double().numpy()
-    q = (x @ interleaved.T).view(5, c.n_heads, half, 2).numpy()
-    turned = (q[..., 0] + 1j * q[..., 1]) * np.exp(1j * angle)[:, None]
-    cos, sin = model.rotary(0, 5)
-    ours = rotate((x @ half_split.T).view(5, c.n_heads, c.head_dim), cos, sin).numpy()
-    assert np.allclose(ours[..., :half], turned.real, atol=1e-6)
-    assert np.allclose(ours[..., half:], turned.imag, atol=1e-6)
-
-
 def test_metas_parameters_give_the_published_shapes(tmp_path):
     llama2 = dict(n_layers=2, n_heads=32, dim=4096, multiple_of=256, norm_eps=1e-5)
     llama3 = llama2 | dict(n_kv_heads=8, rope_theta=5e5, ffn_dim_multiplier=1.3, multiple_of=1024)
-    wide = dict(dim=8192, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3)
     small = dict(dim=2048, multiple_of=256, ffn_dim_multiplier=1.5)
     published = {
         "Llama 2 7B": llama2,
-        "Llama 2 70B": llama2 | wide,
         "Code Llama": llama2 | dict(rope_theta=1e6, n_kv_heads=None),
         "Llama 3 8B": llama3,
         "Llama 3.1 8B": llama3 | dict(use_scaled_rope=True),
@@ -160,7 +138,6 @@ def test_metas_parameters_give_the_published_shapes(tmp_path):
         found[name] = (c.hidden_dim, c.n_kv_heads, c.max_len, *rope)
     assert found == {
         "Llama 2 7B": (11008, 32, 4096),
-        "Llama 2 70B": (28672, 8, 4096),
         "Code Llama": (11008, 32, 16384),
         "Llama 3 8B": (14336, 8, 8192),
         "Llama 3.1 8B": (14336, 8, 131072, "llama3", 8.0, 8192),

@@ -162,14 +162,11 @@ def test_a_model_that_has_decoded_trains():
 # The cache
 
 
-@pytest.mark.parametrize("dtype, itemsize", [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_the_caches_bytes_are_the_designs_formula(dtype, itemsize):
-    cache = KVQCache(3, 2, 8, 24, max_len=100, draft_len=5, dtype=dtype)
+def test_a_cache_has_whole_views_and_the_designs_bytes():
+    cache = new_cache(tiny_model(dtype=torch.bfloat16), VIEW + 1, 5)
+    assert cache.keys.shape == (4, 2, 2 * VIEW, 8) and cache.queries.shape == (6, 24)
     nbytes = sum(x.nbytes for x in (cache.keys, cache.values, cache.queries))
-    assert nbytes == 2 * 3 * 100 * 2 * 8 * itemsize + 6 * 24 * itemsize
-    whole = new_cache(tiny_model(dtype=dtype), VIEW + 1, 5)
-    assert whole.keys.shape == (4, 2, 2 * VIEW, 8) and whole.queries.shape == (6, 24)
-    assert whole.max_len == 2 * VIEW and whole.keys.dtype == whole.queries.dtype == dtype
+    assert nbytes == 2 * (2 * 4 * 2 * VIEW * 2 * 8 + 6 * 24) and cache.max_len == 2 * VIEW
 
 
 def test_the_cache_gives_back_what_was_written():
@@ -231,17 +228,13 @@ def test_a_config_that_is_written_is_read_the_same(config, factors, data):
     assert read(written(config, torch.bfloat16)) == config
 
 
-def test_both_dialects_of_config_say_the_same():
-    config = tiny_config(rope_theta=5e5, tied=True)
-    old = written(config, torch.bfloat16)
+def test_all_dialects_of_config_say_the_same():
+    config = tiny_config(rope_theta=5e5, rope_type="linear", rope_factor=2.0)
+    old, rope = written(config), {"type": "linear", "factor": 2.0}
+    older = old | {"rope_scaling": rope}
     new = {k: v for k, v in old.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
-    new |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "dtype": "bfloat16"}
-    assert read(old) == read(new) == config
-    scaled = replace(config, rope_type="linear", rope_factor=2.0)
-    old = written(scaled, torch.bfloat16)
-    older = old | {"rope_scaling": {"type": "linear", "factor": 2.0}}
-    new["rope_parameters"] |= {"rope_type": "linear", "factor": 2.0}
-    assert read(old) == read(older) == read(new) == scaled
+    new["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    assert read(old) == read(older) == read(new) == config
 
 
 def test_config_defaults_are_transformers():
@@ -265,11 +258,9 @@ def test_a_field_out_of_range_is_refused(name):
 
 REFUSED = [
     (dict(model_type="mistral"), "model_type"),
-    (dict(attention_bias=True), "attention_bias"),
     (dict(quantization_config={"bits": 4}), "quantization_config"),
     (dict(hidden_act="gelu"), "hidden_act"),
     (dict(vocab_size=None), "vocab_size"),
-    (dict(num_attention_heads=0, head_dim=None), "heads"),
     (dict(hidden_size=25, head_dim=None), "hidden_size"),
     (dict(num_key_value_heads=3), "heads"),
     (dict(head_dim=7), "head_dim"),
@@ -336,12 +327,10 @@ def test_what_is_saved_loads_to_the_same_bits(tmp_path, tied, dtype):
 def test_saved_files_have_transformers_names(tmp_path):
     model = tiny_model(tiny_config(tied=True, eos=(2,)))
     save_checkpoint(model, tmp_path)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         names = set(file.keys())  # the tied head is not there a second time
     assert names == {f"model.{name}" for name, _ in model.named_parameters()}
-    assert {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"} < names
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["eos_token_id"] == 2
     assert config["torch_dtype"] == "float32" and config["rope_scaling"] is None

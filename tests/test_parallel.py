@@ -116,12 +116,9 @@ def test_a_part_that_is_read_is_that_of_the_whole(tmp_path, shards, embedding_di
 def test_parts_are_added_in_the_order_of_the_ranks(monkeypatch):
     parts = torch.randn(5, 7, 33)
     monkeypatch.setattr(parallel, "gathered", lambda part: parts)
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    assert torch.equal(parallel.added(parts[2]), total)
-    backwards = [*parts.flip(0)]
-    assert not torch.equal(sum(backwards[1:], backwards[0]), total)
+    one_by_one = lambda parts: sum(parts[1:], parts[0])
+    assert torch.equal(parallel.added(parts[2]), one_by_one(parts))
+    assert not torch.equal(one_by_one(parts.flip(0)), one_by_one(parts))
 
 
 # --------------------------------------
@@ -138,41 +135,27 @@ def ckpt(tmp_path, shipped) -> Path:
 
 def test_the_first_process_reads_and_prints_for_all(ckpt, tmp_path):
     (tmp_path / "in").write_text("def f(x):\n\nclass A:\n")
-    options = (
-        "--interactive",
-        "--compare",
-        "--max-new-tokens",
-        9,
-        "--temperature",
-        1,
-        "--ckpt",
-        ckpt,
-    )
-    started = start(tmp_path, decode_py, *options, stdin=tmp_path / "in")
+    options = "--interactive --compare --max-new-tokens 9 --temperature 1 --ckpt".split()
+    started = start(tmp_path, decode_py, *options, ckpt, stdin=tmp_path / "in")
     codes, (said, nothing) = ends(started, tmp_path)
     assert (codes, nothing) == ([0, 0], ""), said + nothing
     assert said.count("9 tokens, logits equal to the last bit") == 2
     assert said.count("decode.py: the prompt is empty") == 1
 
 
-def no_number_in_the_last_rows(ckpt: Path) -> None:
-    weights = load_file(ckpt / "model.safetensors")
-    weights["lm_head.weight"][-1] = torch.nan
-    save_file(weights, ckpt / "model.safetensors")
-
-
 @pytest.mark.parametrize(
     "options, error",
     [
         ([], "3 processes do not divide the model's n_heads, 4"),
-        (["--prompt", ""], "the prompt is empty"),
         (["--drafter", "skip:attn:1"], "--drafter is exit, lookup"),
         (["--seed", 7], "lm_head.weight holds NaN"),  # only the last process sees it
     ],
 )
 def test_what_cannot_run_is_one_line_and_ends_all(ckpt, tmp_path, options, error):
     if "NaN" in error:
-        no_number_in_the_last_rows(ckpt)
+        weights = load_file(ckpt / "model.safetensors")
+        weights["lm_head.weight"][-1] = torch.nan
+        save_file(weights, ckpt / "model.safetensors")
     count = 2 + error.startswith("3")
     started = start(tmp_path, decode_py, *options, "--ckpt", ckpt, count=count)
     codes, said = ends(started, tmp_path)
@@ -206,13 +189,8 @@ def test_a_closed_terminal_and_ctrl_c_end_torchrun(ckpt, tmp_path, sent):
     run = "-m torch.distributed.run --nproc-per-node 2 decode.py --full --temperature 4".split()
     options = ["--max-new-tokens", str(1 << 16), "--ckpt", str(ckpt)]
     with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
-        process = subprocess.Popen(
-            [sys.executable, *run, *options],
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=err,
-            cwd=ROOT,
-        )
+        files: dict = dict(stdin=subprocess.PIPE, stdout=out, stderr=err)
+        process = subprocess.Popen([sys.executable, *run, *options], cwd=ROOT, **files)
         try:
             wait_for(lambda: (tmp_path / "out").stat().st_size > 20)
             file = Path(f"/proc/{process.pid}/task/{process.pid}/children")
