@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import DRAFTERS, SMALL, decode, same_bits, tiny_config, tiny_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -35,6 +35,7 @@ DRAFTS = st.tuples(
 )
 
 
+@settings(max_examples=max(settings().max_examples // 2, 1))
 @given(
     st.lists(st.integers(0, 60), min_size=1, max_size=66),
     st.sampled_from([0.0, 0.0, 1.0]),

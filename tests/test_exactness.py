@@ -143,7 +143,7 @@ def test_sixteen_rows_are_exact_at_any_scale(dtype, scale):
     assert same_bits(drafted, decode(model, [3, 1, 4]))
 
 
-@part(2)
+@part(4)
 @given(cases())
 def test_an_exit_alone_is_its_layers_own_decoding(case):
     thin = keep_layers(pack(case["model"]), range(case["exit_layer"]))
@@ -240,6 +240,7 @@ dtypes = st.sampled_from(DTYPES)
 widths = st.integers(1, 300) | st.sampled_from([576, 2048, 5000])
 
 
+@part(2)
 @given(generators, dtypes, widths, SCALES, st.sampled_from([1e-6, 1e-5, 1e-2]))
 def test_a_packed_norm_keeps_rows_apart(generator, dtype, dim, scale, eps):
     norm, x = RMSNorm(dim, eps).to(dtype), random_rows(generator, dtype, dim)
@@ -250,6 +251,7 @@ def test_a_packed_norm_keeps_rows_apart(generator, dtype, dim, scale, eps):
 
 
 @pytest.mark.parametrize("count", THREADS)
+@part(2)
 @given(generators, dtypes, widths | st.sampled_from([4008, 11008]))
 def test_silu_keeps_rows_apart(count, generator, dtype, hidden_dim):
     rows = random_rows(generator, dtype, 2 * hidden_dim)
@@ -258,6 +260,7 @@ def test_silu_keeps_rows_apart(count, generator, dtype, hidden_dim):
         same_in_any_company(lambda first, last: row_silu(rows[first:last].chunk(2, -1)[0]))
 
 
+@part(2)
 @given(generators, dtypes, st.integers(1, 9), st.integers(1, 40), st.integers(0, 200))
 def test_rotation_sums_and_gates_keep_rows_apart(generator, dtype, heads, half, start):
     config = tiny_config(n_heads=heads, n_kv_heads=1, head_dim=2 * half, n_layers=1)
