@@ -66,12 +66,14 @@ def test_the_first_file_in_the_order_says_eos(tmp_path, first):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_special_tokens_map_counts_where_the_config_lists_no_added_tokens(tmp_path, whole):
+def test_other_files_count_where_the_config_lists_no_added_tokens(tmp_path, whole):
     write_json(tmp_path, "<a>", "<b>")
     config(tmp_path, eos_token="<a>", **{"added_tokens_decoder": {}} if whole else {})
     put(tmp_path, "special_tokens_map.json", eos_token={"content": "<b>"}, bos_token="<a>")
+    put(tmp_path, "added_tokens.json", **{"<c>": 258})
     tokenizer = Tokenizer(tmp_path)
     assert (tokenizer.bos, tokenizer.eos) == ((None, 256) if whole else (256, 257))
+    assert tokenizer.added.get("<c>") == (None if whole else 258)
 
 
 def test_what_is_no_token_here_is_passed_over(tmp_path):
@@ -154,11 +156,10 @@ def decoder_of(*texts: str, first: int) -> dict:
 
 END = "<|im_end|>"
 NAMED = {"eos_token": END}
-WHERE = {  # a token is added: what tokenizer_config.json says of it, and another file
-    "a table": lambda size: (NAMED | {"added_tokens_decoder": decoder_of(END, first=size)}, {}),
-    "another file": lambda size: (NAMED, {END: size}),
-    "a name": lambda size: (NAMED, {}),
-    "a list": lambda size: ({"additional_special_tokens": [END]}, {}),
+WHERE = {  # a token is added: what tokenizer_config.json says of it
+    "a table": lambda size: NAMED | {"added_tokens_decoder": decoder_of(END, first=size)},
+    "a name": lambda size: NAMED,
+    "a list": lambda size: {"additional_special_tokens": [END]},
 }
 WRITERS = [
     lambda path: write_pieces(path, remove_extra_whitespaces=False),
@@ -168,11 +169,9 @@ WRITERS = [
 
 @pytest.mark.parametrize("write, size", [*zip(WRITERS, (300, 257))])
 @pytest.mark.parametrize("where", WHERE)
-def test_tokens_that_other_files_add_have_ids_and_no_text(tmp_path, write, size, where):
+def test_tokens_that_the_config_adds_have_ids_and_no_text(tmp_path, write, size, where):
     write(tmp_path)
-    about, other = WHERE[where](size)
-    config(tmp_path, **about)
-    put(tmp_path, "added_tokens.json", **other)
+    config(tmp_path, **WHERE[where](size))
     tokenizer = Tokenizer(tmp_path)
     assert tokenizer.vocab_size == size + 1 and tokenizer.added[END] == size
     assert tokenizer.eos == (2 if where == "a list" and size == 300 else size)
