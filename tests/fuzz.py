@@ -50,7 +50,7 @@ except ImportError:
     transformers = None  # type: ignore[assignment]
 
 KNOWN = {  # pattern of a case and its differences: why they stay
-    r"logits: 'config: \w+ must be": "numbers no Llama has, which transformers computes with",
+    r"logits: 'config: [\w ]+ must be": "numbers no Llama has, which transformers computes with",
     r"config: (model_type|hidden_act|quantization|rope type)": "models that are not built here",
     r"nested too deep|\[{100}": "JSON nested deeper than 100",
     r"generation_config.*eos: ": "an EOS beside something that is no id: the setting is not used",
