@@ -149,7 +149,7 @@ def prefill_once(kept: dict, model: Llama, cache: KVQCache, tokens: list[int]) -
 def drafted(tokenizer: Tokenizer, count: int, tokens: int, context: int) -> Iterator[int]:
     """Tokens of each drafted run. Raises AssertionError where one is not plain decoding's."""
     prompts = starts(tokenizer, count, context)
-    for dtype, compiled in itertools.product((torch.bfloat16, torch.float32), (False, True)):
+    for compiled, dtype in itertools.product((True, False), (torch.float32, torch.bfloat16)):
         model = load_checkpoint(CKPT, dtype)
         model = compile_model(model, EXIT) if compiled else pack(model)
         for number, ids in enumerate(prompts if compiled else prompts[::5]):  # eager is slow
