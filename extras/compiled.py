@@ -205,7 +205,8 @@ class Graphs:
         rows, length = {0: Dim("rows", min=1, max=ROWS)}, {1: Dim("max_len")}
         dynamic = (*[rows] * 4, {0: Dim("view")}, *[[length] * group] * 2)
         h, pad_to = model.norm.weight.new_zeros(2, model.config.dim), safe_padding(model)
-        inputs = h, *self.places(0, 2, 64), *self.store(new_cache(model, 128, 1), 0)
+        cache = new_cache(model, 128, 1)
+        inputs = h, *self.places(0, 2, 64), [*cache.keys[:group]], [*cache.values[:group]]
         file = folder / f"{group} layers.pt2"
         self.layers = [
             graph_of(file, Layers(model.layers[l : l + group], pad_to), inputs, dynamic)
@@ -219,11 +220,6 @@ class Graphs:
         cos, sin = self.model.rotary(start, rows)
         return cos, sin, torch.arange(start, start + rows), cos.new_zeros(view)
 
-    def store(self, cache: KVQCache, first: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of the layers of the graph that begins at layer `first`."""
-        keys, values = (x[first : first + self.group] for x in (cache.keys, cache.values))
-        return list(keys), list(values)
-
     def run_layers(
         self, h: Tensor, first: int, last: int, cache: KVQCache | None = None, start: int = 0
     ) -> Tensor:
@@ -232,12 +228,12 @@ class Graphs:
             return self.plain[0](h, first, last, cache, start)
         if first % self.group or last % self.group:
             raise ValueError(f"compiled layers run by {self.group}, not from {first} to {last}")
-        out = []
+        out, (keys, values) = [], (x.unbind() for x in (cache.keys, cache.values))
         for begin, end, view in blocks(start, len(h), ROWS):
             part, places = h[begin:end], self.places(start + begin, end - begin, view)
             for l in range(first, last, self.group):
-                keys, values = self.store(cache, l)
-                part = self.layers[l // self.group]([part, *places, *keys, *values])
+                store = *keys[l : l + self.group], *values[l : l + self.group]
+                part = self.layers[l // self.group]([part, *places, *store])
             out.append(part)
         return torch.cat(out)
 
