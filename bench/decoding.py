@@ -16,7 +16,7 @@ import torch
 
 from bench.common import Table, Works, compare, decode_all, engine, progress, target, title
 from decode import Sampling, check_request
-from exact import pack
+from exact import auto_dtype, pack
 from extras.compiled import compile_model
 from extras.drafters import DRAFTERS, SkipLayers, parse_drafter, search_skips
 from extras.lens import choose_exit
@@ -34,17 +34,19 @@ NOISE = (
 def drafted_table(t: Namespace, who: dict[str, dict], temperature: float = 0.0) -> Table:
     """Plain decoding, and drafting with the settings of `who`, which may name a model of its own.
 
-    Plain decoding is exact in --dtype, not exact, and exact in another type; with --compile, exact
-    in --dtype, and compiled. Drafting is compiled then, and must write the compiled plain text.
+    Plain decoding is exact in --dtype, not exact, and exact in another type that is fast here; with
+    --compile, exact in --dtype, and compiled. Drafting is compiled then, and must write the
+    compiled plain text.
     """
     models, ours = {"plain": pack(t.load(t.dtype))}, "plain"
     if t.compile:
         ours = "plain, compiled"
         models[ours] = engine(t, t.load(t.dtype), compiled=True)
     else:
-        other = torch.bfloat16 if t.dtype == torch.float32 else torch.float32
         models["plain, not exact"] = t.load(t.dtype)
-        models[f"plain, {str(other)[6:]}"] = pack(t.load(other))
+        other = torch.float32 if t.dtype == torch.bfloat16 else auto_dtype(t.device)
+        if other != t.dtype:  # bfloat16 is slow where nothing multiplies it
+            models[f"plain, {str(other)[6:]}"] = pack(t.load(other))
     how: dict = dict(prompts=t.prompts, count=t.tokens, eos=t.eos, sampling=Sampling(temperature))
     works: Works = {n: partial(decode_all, model=model, **how) for n, model in models.items()}
     works |= {name: partial(works[ours], **settings) for name, settings in who.items()}

@@ -25,6 +25,7 @@ def run(monkeypatch, command, small):
     monkeypatch.setattr(tasks, "held_out_prompts", prompts)
     monkeypatch.setattr(contexts, "held_out_prompts", prompts)
     monkeypatch.setitem(common.SHAPES, "8m", tiny_config(vocab_size=99, tied=True))
+    monkeypatch.setattr(decoding, "auto_dtype", lambda device: torch.bfloat16)
 
     def main(line: str):
         options = ["--runs", "1"] + ["--dtype", "float32"] * ("train" not in line)
