@@ -105,6 +105,8 @@ def alternate(works: Works, turns: int) -> dict[str, list]:
     """What each function returned, in turns, after one turn that does not count."""
     found: dict[str, list] = {name: [] for name in works}
     for turn in range(turns + 1):
+        if not sys.stderr.isatty():
+            print(f"turn {turn} of {turns}, {len(works)} rows", file=sys.stderr, flush=True)
         for name, work in works.items():
             progress(f"turn {turn} of {turns}: {name}")
             found[name].append(work())

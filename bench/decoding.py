@@ -183,7 +183,7 @@ def draw(file: IO[bytes], rows: list[dict], cells: dict, about: str) -> None:
     axis.axhline(lines.pop(0)[0][1], color="black", linestyle="--", label="plain decoding")
     for d, points in sorted(lines.items()):
         axis.plot(*zip(*sorted(points)), marker=".", label=f"draft {d}")
-    axis.set(xlabel="exit", ylabel="tokens/s", xticks=[e for e, _ in points], ylim=(0, None))
+    axis.set(xlabel="exit", ylabel="tokens/s", xticks=[e for e, _ in points])
     figure.suptitle(about, fontsize="small", wrap=True)
     axis.legend()
     figure.savefig(file, dpi=110, format="png")

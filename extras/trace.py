@@ -113,7 +113,8 @@ def wanted(path: Path | None) -> AbstractContextManager[IO[bytes] | None]:
 
 def main() -> None:
     own = "--exit", "--draft", "--min-confidence", "--full"
-    p = parser("trace", "Show each round of a generation.", 64, *own)
+    about = "Each round: guesses that held (✓) or did not (✗), and the verifier's own token (+)."
+    p = parser("trace", about, 64, *own)
     add = p.add_argument
     add("--json", type=Path, metavar="FILE", help="write the rounds as data, too")
     add("--html", type=Path, metavar="FILE", help="write them as a page, too")
