@@ -113,7 +113,7 @@ def wanted(path: Path | None) -> AbstractContextManager[IO[bytes] | None]:
 
 def main() -> None:
     own = "--exit", "--draft", "--min-confidence", "--full"
-    about = "Each round: guesses that held (✓) or did not (✗), and the verifier's own token (+)."
+    about = "Each round: guesses that held (✓) or not (✗), and the verifier's token (+)."
     p = parser("trace", about, 64, *own)
     add = p.add_argument
     add("--json", type=Path, metavar="FILE", help="write the rounds as data, too")
