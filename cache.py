@@ -5,14 +5,13 @@ leaves in it K and V of layers [0, E), and the hidden state that enters layer E 
 rows: the exit query. The verifier starts from those, so layers [0, E) never run twice for a token
 (LayerSkip, arXiv 2404.16710, section 4.3).
 
-Everything is allocated once. A rejected token is forgotten by not moving `length` past it: nothing
-is copied or concatenated. What lies beyond `length` is dead and will be overwritten.
+Everything is allocated once. `length` stops before a rejected token, and that forgets it: nothing
+is copied or concatenated. What lies beyond `length` is written in a round, and dead after it.
 
-               position   0 . . . . . . . . . . length . . . . . . . max_len
-    K, V  layer 0         [ live in all layers ][ written by the draft     ]
-          ...
-          layer L-1       [ live in all layers ][ written by verification  ]
-    Q     exit queries, by row of the draft     [ row 0 .. row draft_len   ]
+               position    0 . . . . . . length . . . . . . . . . . . . . max_len
+    K, V  layers 0..E-1    [ live       ][ written by the draft     ]
+          layers E..L-1    [ live       ][ written by verification  ]
+    Q     exit queries                   [ row i: position length+i ]
 """
 
 import torch
@@ -42,7 +41,7 @@ class KVQCache:
         device: torch.device | str = "cpu",
     ):
         self.max_len, self.length = max_len, 0
-        # Zeros, not empty: attention gives a dead position weight 0, and 0 * NaN is NaN.
+        # Zeros, not empty: exact.py's attention gives dead positions weight 0, and 0 * NaN is NaN.
         shape = (n_layers, n_kv_heads, max_len, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -51,15 +50,22 @@ class KVQCache:
         # The same memory as (max_len, n_kv_heads, head_dim) for each layer: a row is one position.
         self._key_rows = [k.transpose(0, 1) for k in self.keys]
         self._value_rows = [v.transpose(0, 1) for v in self.values]
+        self._views: tuple = (0, (), ())
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Stores k and v (T, n_kv_heads, head_dim) of one layer at positions start..start+T-1."""
         self._key_rows[layer][start : start + len(k)] = k
         self._value_rows[layer][start : start + len(v)] = v
 
-    def read(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (n_kv_heads, end, head_dim) of one layer at positions [0, end): views."""
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+    def read(self, end: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """For each layer keys and values (1, n_kv_heads, end, head_dim) of positions [0, end).
+
+        They are views: what is written later shows in them. The last are kept for the next pass.
+        """
+        if self._views[0] != end:
+            keys, values = (x[:, None, :, :end].unbind() for x in (self.keys, self.values))
+            self._views = end, keys, values
+        return self._views[1:]
 
     def commit(self, rows: int) -> None:
         """Makes the first `rows` rows after `length` live: they have been through every layer.

@@ -6,8 +6,8 @@ the cache:
     draft     row i = 0..d runs token t_i (t_0 = x_{n-1}) through layers [0, E), which leaves keys,
               values and an exit query q_i; t_{i+1} = pick(unembed(q_i), position n+i) for i < d
     verify    q_0..q_d run through layers [E, L) in one pass: logits_0..logits_d
-    accept    v_i = pick(logits_i, position n+i) is emitted, up to the first v_i != t_{i+1}: a + 1
-              tokens, where a guesses were right
+    accept    v_i = pick(logits_i, position n+i); emitted are v_0..v_a, up to the first v_a that is
+              an EOS or is not t_{a+1}. Nothing is t_{d+1}: v_d always ends the round
     commit    the cache keeps positions 0..n-1+a; what lies beyond is dead
 
 Plain decoding is the same round with d = 0 and E = 0. The emitted token is always the verifier's,
@@ -56,7 +56,7 @@ class Sampling:
 
 
 def in_range(name: str, value: Any, low: float, high: float) -> None:
-    """TypeError or ValueError unless value is a number from low to high, whole if low is."""
+    """TypeError or ValueError unless value is a number from low to high, an int if low is."""
     whole = isinstance(low, int)
     strange = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
     if strange or not low <= value <= high:
@@ -88,9 +88,9 @@ def next_token(logits: Tensor, position: int, sampling: Sampling) -> int:
     """The token at `position`: argmax(filter(logits / T) + gumbel(seed, position)).
 
     logits (vocab,). By the Gumbel-max trick this is a sample of softmax(filter(logits / T)). Draft
-    and verifier see the same noise, so they agree whenever their distributions lead to the same
-    token, and the verifier's token does not depend on the draft (Daliri, Musco and Suresh, arXiv
-    2408.07978). Temperature 0: argmax(logits).
+    and verifier see the same noise, so like distributions mostly give the same token, and the
+    verifier's token does not depend on the draft (Daliri, Musco and Suresh, arXiv 2408.07978).
+    Temperature 0: argmax(logits).
     """
     if sampling.temperature == 0:
         return int(logits.max(-1).indices)  # as argmax: first of equals; faster in bfloat16
@@ -116,9 +116,8 @@ def draft(
     """Guesses up to `limit` tokens after `token`, with layers [0, exit_layer) and the shared head.
 
     Leaves keys, values and exit queries of `token` and of every guess in the cache. So the last
-    guess is run too, without unembedding: the verifier needs its exit query. Stops where the top
-    probability is at or below min_confidence (Kangaroo, arXiv 2404.18911, section 3.2), and after
-    an EOS.
+    guess is run too: the verifier needs its exit query. Stops where the top probability is at or
+    below min_confidence (Kangaroo, arXiv 2404.18911, section 3.2), and after an EOS.
     """
     guesses: list[int] = []
     for row in range(limit + 1):
@@ -159,12 +158,12 @@ def verify(model: Llama, cache: KVQCache, tokens: list[int], ran: int) -> Tensor
 def accept(
     guesses: list[int], logits: Tensor, position: int, pick: Pick, eos: Collection[int]
 ) -> list[int]:
-    """The verifier's own tokens from `position` on: as many as the draft foresaw, and one more.
+    """The verifier's own tokens from `position` on: the guesses that were right, then one more.
 
     logits (len(guesses) + 1, vocab). Nothing is emitted after an EOS.
     """
     emitted = []
-    for row, guess in enumerate([*guesses, None]):
+    for row, guess in enumerate([*guesses, None]):  # None: always the end
         token = pick(logits[row], position + row)
         emitted.append(token)
         if token != guess or token in eos:
@@ -183,10 +182,10 @@ class NoDraft:
         self, model: Llama, cache: KVQCache, min_confidence: float = 0.0, eos: Collection[int] = ()
     ):
         self.model, self.cache = model, cache
-        self.stop = min_confidence, eos  # draft's last two arguments
+        self.stop = min_confidence, eos  # last arguments of the function draft
 
     def draft(self, tokens: list[int], limit: int, pick: Pick) -> tuple[list[int], int]:
-        """At most `limit` guesses of what follows `tokens`, and the number of layers that ran.
+        """At most `limit` (or 0) guesses of what follows `tokens`, and how many layers ran.
 
         If it is E > 0, layers [0, E) ran on tokens[-1] and every guess, and left in the cache what
         `draft` leaves. If it is 0, verification runs every layer.
@@ -218,8 +217,8 @@ class Round:
     """What one round did."""
 
     drafted: list[int]
-    emitted: list[int]  # the accepted tokens and, unless the text ended with them, one more
-    logits: Tensor | None  # (len(emitted), vocab): the full model's; None: dropped, to save memory
+    emitted: list[int]  # the accepted tokens and, unless they end with an EOS, one more
+    logits: Tensor | None  # (len(emitted), vocab): the full model's; None: let go
 
     @property
     def accepted(self) -> int:
@@ -252,13 +251,13 @@ def generate(
     exact.pack the output equals plain decoding to the last bit; without, where no two logits nearly
     tie. Raises ValueError or TypeError, at the first round, on what cannot run.
     """
-    c, tokens, eos = model.config, prompt_ids, model.config.eos if eos is None else eos
-    check_request(c, tokens, exit_layer, draft_len, max_new_tokens, min_confidence)
-    tokens = list(tokens)
+    c, eos = model.config, model.config.eos if eos is None else eos
+    check_request(c, prompt_ids, exit_layer, draft_len, max_new_tokens, min_confidence)
+    tokens = list(prompt_ids)
     end = min(len(tokens) + max_new_tokens, c.max_len)
     cache, pick = new_cache(model, end, draft_len), partial(next_token, sampling=sampling)
     make = drafter or (partial(EarlyExit, exit_layer=exit_layer) if exit_layer else NoDraft)
-    drafter = make(model, cache, min_confidence, eos)
+    drafter = make(model, cache, min_confidence, eos)  # of this text
 
     prefill(model, cache, tokens[:-1])
     while len(tokens) < end:

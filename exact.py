@@ -10,7 +10,7 @@ many rows share its pass, nor on their content, nor on its place. Four things ma
                          RowLinear pads to a number of rows that a trial found safe.
     attention            A fused kernel picks its blocks by the number of queries and of keys.
                          exact_attention looks at a view of the cache whose length the position
-                         alone decides, and pads the queries where the trial says so.
+                         alone decides, and pads the queries up to a multiple found safe.
     elementwise loops    A vector loop ends in a scalar tail, which may round otherwise: that of
                          exp does; +, *, / and sqrt cannot (IEEE 754 rounds them correctly).
                          PackedNorm has only these and a sum; row_silu gives each row a tail.
@@ -162,30 +162,31 @@ def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> 
     """Attention of rows q (T, H, hd) over keys and values (1, Hkv, S, hd): (T, H, hd).
 
     The rows and the G = H / Hkv heads of a group are together the queries of a key/value head, so
-    the cache is read once for all. They are padded to the rows of mask (at least T, G, S).
+    the cache is read once for all. They are padded to the rows of mask (at least T * G, S).
     """
-    (rows, heads, size), height = q.shape, mask.shape[0]
-    q = F.pad(q, (0, 0, 0, 0, 0, height - rows)).view(height, keys.shape[1], -1, size)
-    q = q.transpose(0, 1).reshape(1, keys.shape[1], -1, size)  # (1, Hkv, height * G, hd)
-    mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.flatten(0, 1))
-    mixed = mixed.view(keys.shape[1], height, -1, size).transpose(0, 1)  # (height, Hkv, G, hd)
-    return mixed.reshape(height, heads, size)[:rows]
+    (rows, heads, size), groups = q.shape, keys.shape[1]
+    q = q.view(rows, groups, -1, size).transpose(0, 1)  # (Hkv, T, G, hd)
+    queries = q.reshape(1, groups, -1, size)  # (1, Hkv, T * G, hd)
+    padded = F.pad(queries, (0, 0, 0, mask.shape[0] - queries.shape[2]))
+    mixed = F.scaled_dot_product_attention(padded, keys, values, attn_mask=mask)
+    mixed = mixed[:, :, : queries.shape[2]].view(q.shape)
+    return mixed.transpose(0, 1).reshape(rows, heads, size)
 
 
 def block_mask(positions: Tensor, view: int, group: int, pad_to: int, dtype: torch.dtype) -> Tensor:
-    """0 where a row at one of `positions` (T,) sees a position of the view, else -inf.
+    """0 where a query sees a position of the view, else -inf: (T * group, view).
 
-    (T or pad_to, group, view). Rows that only pad see all.
+    The `group` heads of a row see up to its position, of `positions` (T,). Queries that only pad,
+    up to a multiple of pad_to, see all.
     """
-    later = torch.arange(view, device=positions.device) > positions[:, None]  # (T, S)
-    height = pad_to if pad_to > 1 else positions.shape[0]
-    mask = torch.zeros(height, group, view, dtype=dtype, device=positions.device)
-    mask[: positions.shape[0]].masked_fill_(later[:, None], -math.inf)
-    return mask
+    ends = positions.repeat_interleave(group)
+    ends = F.pad(ends, (0, -ends.shape[0] % pad_to), value=view)
+    later = torch.arange(view, device=ends.device) > ends[:, None]
+    return torch.zeros(later.shape, dtype=dtype, device=ends.device).masked_fill_(later, -math.inf)
 
 
 def safe_padding(model: Llama) -> int:
-    """To how many rows attention must pad to keep rows apart, by trial. 1: not at all.
+    """To a multiple of how many queries attention must pad to keep rows apart, by trial.
 
     0 where no padding helps: each row runs alone.
     """
@@ -201,8 +202,8 @@ def safe_padding(model: Llama) -> int:
 
         return keeps_apart(attend, 1, BLOCK_ROWS)
 
-    tries = (1, BLOCK_ROWS) if c.head_dim >= 16 else (BLOCK_ROWS,)  # short sums hide their order
-    for pad_to in tries:
+    most = BLOCK_ROWS * group  # one number of queries for all
+    for pad_to in (8, most) if c.head_dim >= 16 else (most,):  # short sums hide their order
         if all(keeps(view, pad_to) for view in range(VIEW, 17 * VIEW, 3 * VIEW)):
             return pad_to
     return 0
@@ -220,9 +221,8 @@ def exact_attention(
     positions = torch.arange(start, start + rows, device=cache.keys.device)
     parts = []
     for first, last, view in blocks(start, rows, BLOCK_ROWS if pad_to else 1):
-        mask = block_mask(positions[first:last], view, group, pad_to, cache.keys.dtype)
-        keys, values = (x[:, None, :, :view].unbind() for x in (cache.keys, cache.values))
-        parts.append((first, last, keys, values, mask))
+        mask = block_mask(positions[first:last], view, group, max(pad_to, 1), cache.keys.dtype)
+        parts.append((first, last, *cache.read(view), mask))
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.write(layer, start, k, v)

@@ -20,7 +20,7 @@ their size. Parameters have Hugging Face's names, without the leading `model.`.
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,18 @@ def rotary_frequencies(c: Config) -> Tensor:
     return frequency
 
 
+@lru_cache(maxsize=4)
+def rotary_table(
+    c: Config, length: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and [-sin, sin] (length, 1, hd) for positions 0..length-1."""
+    with torch.inference_mode(False):  # a table made in decoding may serve training later
+        angle = torch.outer(torch.arange(length, dtype=torch.float32), rotary_frequencies(c))
+        cos = torch.cat([angle.cos(), angle.cos()], -1)[:, None]
+        sin = torch.cat([-angle.sin(), angle.sin()], -1)[:, None]
+        return cos.to(device, dtype), sin.to(device, dtype)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on x (..., T, heads, hd), given cos and [-sin, sin] (T, 1, hd).
 
@@ -118,12 +130,13 @@ def row_attention(cache: KVQCache, start: int, rows: int) -> Callable[..., Tenso
     """
     positions = torch.arange(start + rows, device=cache.keys.device)  # (S,)
     mask = positions <= positions[start:, None]  # (T, S)
+    keys, values = cache.read(start + rows)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.write(layer, start, k, v)
-        keys, values = cache.read(layer, start + rows)
+        q = q.transpose(0, 1)[None]  # (1, H, T, hd)
         mixed = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, enable_gqa=True
+            q, keys[layer], values[layer], attn_mask=mask, enable_gqa=True
         )
         return mixed[0].transpose(0, 1)
 
@@ -196,7 +209,6 @@ class Llama(nn.Module):
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
         self.row_attention = row_attention  # exact.pack puts another function here
-        self._rotary: tuple[Tensor, Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -215,7 +227,7 @@ class Llama(nn.Module):
     def run_layers(
         self, h: Tensor, first: int, last: int, cache: KVQCache | None = None, start: int = 0
     ) -> Tensor:
-        """Layers [first, last) on h, the input of layer `first`; returns the input of layer `last`.
+        """Layers [first, last) on h, which enters layer `first`; returns what leaves the last one.
 
         Without a cache, h (B, T, dim) holds whole sequences. With one, h (T, dim) holds rows at
         positions start..start+T-1. They see what the cache holds of earlier positions and leave
@@ -240,19 +252,11 @@ class Llama(nn.Module):
         return self.unembed(self.run_layers(self.embed(tokens), 0, self.config.n_layers))
 
     def rotary(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
-        """cos and [-sin, sin] (rows, 1, hd) for positions from `start`, from a table that grows."""
-        end, table = start + rows, self._rotary
-        stale = table is None or (table[0].dtype, table[0].device) != (self.dtype, self.device)
-        if table is None or stale or len(table[0]) < end:
-            length = min(max(1 << (end - 1).bit_length(), 256), max(self.config.max_len, end))
-            with torch.inference_mode(False):  # a table made in decoding may serve training later
-                positions = torch.arange(length, dtype=torch.float32)
-                angle = torch.outer(positions, rotary_frequencies(self.config))
-                cos = torch.cat([angle.cos(), angle.cos()], -1)[:, None]
-                sin = torch.cat([-angle.sin(), angle.sin()], -1)[:, None]
-                table = cos.to(self.device, self.dtype), sin.to(self.device, self.dtype)
-            self._rotary = table
-        return table[0][start:end], table[1][start:end]
+        """cos and [-sin, sin] (rows, 1, hd) for positions from `start`."""
+        end = start + rows
+        length = 1 << max(end - 1, 255).bit_length()  # a power of two, 256 or more
+        cos, sin = rotary_table(self.config, length, self.dtype, self.device)
+        return cos[start:end], sin[start:end]
 
 
 @torch.inference_mode()

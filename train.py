@@ -28,7 +28,7 @@ from model import Llama
 from support.data import IGNORED, Tokens
 from support.runs import RunDirectory
 
-LOGITS = 1 << 25  # the most logits that live at once
+LOGITS = 1 << 25  # at most so many numbers of logits live at once
 
 # --------------------------------------
 # The two schedules, and the recipes that are settings of them. l counts layers from 0 to L-1, t
@@ -44,14 +44,14 @@ def setting(default: Any, text: str, *choices: str) -> Any:
 class Recipe:
     """p(l, t) = p_max S(t) D(l), and e(l) with a curriculum C. The command line can change each."""
 
-    p_max: float = setting(0.0, "layer dropout at the last layer, at the end")
+    p_max: float = setting(0.0, "layer dropout where it is largest")
     dropout_depth: str = setting("exp", "D: how it grows over layers", "exp", "linear", "constant")
     dropout_time: str = setting("constant", "S: over steps", "constant", "exp", "pld")
     dropout_unit: str = setting("sample", "what skips a layer", "sample", "batch")
     rescale: bool = setting(False, "divide f_l by its keep probability")
     exits: str = setting("none", "exits that get a loss: none, all, lite, or layers such as 2,4,8")
     curriculum: str = setting("rotational", "C: what a step trains", "rotational", "gradual")
-    rotation: int = setting(0, "R: step t trains the exits with number = t mod R; 0: one a step")
+    rotation: int = setting(0, "R: a step trains every R-th exit, in turn; 0: one exit")
     e_scale: float = setting(1.0, "weight of the early exits against the last")
     uniform_exits: bool = setting(False, "e(l) = e_scale for each early exit, and 1 for the last")
 
@@ -115,9 +115,9 @@ def exit_weights(t: int, layers: int, steps: int, recipe: Recipe) -> dict[int, f
 
     LayerSkip, section 4.1.2: ẽ(t, l) = C(t, l) e(l) / sum_i C(t, i) e(i), where
     e(l) = e_scale sum_{i<=l} i below the last layer and e(L-1) = L-1 + e_scale sum_{i<=L-2} i.
-    The curriculum C is rotational (at step t the exits whose place equals t modulo R) or
-    gradual (from the last layer down, one more every T / 2L steps). The last layer always has its
-    loss.
+    The curriculum C is rotational (at step t every R-th exit: those whose place among the exits,
+    from 0, is t modulo R) or gradual (from the last layer down, one more every T / 2L steps). The
+    last layer always has its loss.
     """
 
     def e(l: int) -> float:
@@ -129,13 +129,14 @@ def exit_weights(t: int, layers: int, steps: int, recipe: Recipe) -> dict[int, f
 
     exits = exit_layers(recipe, layers)
     if recipe.curriculum == "gradual":
-        active = [exit for exit in exits if exit >= layers - t * 2 * layers // steps]
+        added = 2 * layers * t // steps
+        active = [exit for exit in exits if exit >= layers - added]
     else:  # rotational
         period = recipe.rotation or max(len(exits), 1)
         active = [exit for place, exit in enumerate(exits) if place % period == t % period]
     weights = {exit: e(exit - 1) for exit in [*active, layers]}
     total = sum(weights.values())
-    # e(0) = 0: an exit after one layer has a loss with uniform_exits alone.
+    # e(0) = 0: an exit after one layer gets a loss only with uniform_exits.
     return {exit: weight / total for exit, weight in weights.items() if weight}
 
 
@@ -199,8 +200,8 @@ class Objective(nn.Module):
         """J (), summed over the targets of tokens (B, T), and each exit's summed loss, (exits,).
 
         mask (L, B): which samples run a layer; what skips one passes it unchanged. used (L,): the
-        layers that any process runs, since all gather a sharded layer together. keep: 1 - p(l, t),
-        or 1. weights: see exit_weights.
+        layers that at least one process runs: then all must call it, to gather its shards. keep:
+        1 - p(l, t), or 1. weights: see exit_weights.
         """
         model, hidden = self.llama, {}
         cos, sin = model.rotary(0, tokens.shape[1])
@@ -331,13 +332,13 @@ class Trainer:
         # Every process draws for the whole batch and trains its own part of it, in pieces. So what
         # is trained does not depend on their number.
         sums = torch.zeros(len(weights), device=self.device)
-        pieces = np.arange(s.batch).reshape(self.run.world, s.accumulate, -1)
+        pieces = np.arange(s.batch).reshape(self.run.world, s.accumulate, -1)  # ids of samples
         for number, own in enumerate(pieces[self.run.rank]):
             used = mask[:, pieces[:, number].flatten()].any(1)  # by any process's piece
             batch = tokens[own], targets[own], mask[:, own], used, keep, weights
             with torch.autocast(self.device.type, torch.bfloat16, enabled=s.bf16):
                 total, losses = self.objective(*batch)
-            (total * (self.run.world / counted)).backward()  # sharding averages: undone
+            (total * (self.run.world / counted)).backward()  # sharding divides by world
             sums += losses
         sums = self.run.sum(sums)
 
@@ -350,10 +351,10 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return dict(zip(sorted(weights), (sums / counted).tolist())), norm
+        return dict(zip(weights, (sums / counted).tolist())), norm
 
-    def train(self, save: Callable[[], None]) -> None:
-        """The loop: steps, progress and saves. Ctrl-C ends it after the step, saved."""
+    def train(self, save: Callable[[], None]) -> bool:
+        """The loop: steps, progress and saves. Ctrl-C ends it after the step, saved: then True."""
         s, run, stopped = self.settings, self.run, False
         run.start_clock(self.step)
         while self.step < s.steps and not stopped:
@@ -362,9 +363,7 @@ class Trainer:
             stopped = run.stopped()
             if self.step % s.save_every == 0 or self.step == s.steps or stopped:
                 save()
-        if stopped:
-            run.say(f"\nstopped at step {self.step}; the same command goes on from there")
-            raise SystemExit(130)
+        return stopped
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """What the measurements share: a model and its prompts, turns, tables."""
 
+import csv
 import sys
 from argparse import Namespace
+from codecs import getwriter
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from statistics import median
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +35,7 @@ Table = tuple[str, list[dict]]  # title, rows {column: value}
 
 
 def target(args: Namespace, part: int = 0) -> Namespace:
-    """The options, and the config, load(dtype), settings, prompts and eos that they ask for.
+    """The options, and the name, load(dtype), settings, prompts, eos and exits they ask for.
 
     Settings are chosen on held-out prompts of part 1 and shown on those of part 0. Of part 1 and of
     --prompts-file, texts end at an EOS. Random weights are never sure: no confidence. Raises
@@ -56,10 +58,10 @@ def target(args: Namespace, part: int = 0) -> Namespace:
     settings |= {name: value for name, value in given.items() if value is not None}
     for ids in prompts:
         check_request(config, ids, settings["exit_layer"], settings["draft_len"], args.tokens)
-    parts = {max(config.n_layers * n // 12, 1) for n in (1, 2, 3, 4)}
+    parts = sorted({max(config.n_layers * n // 12, 1) for n in (1, 2, 3, 4)})
     more = dict(name=args.shape or args.ckpt.name, settings=settings, prompts=prompts, eos=eos)
-    more |= dict(exits=args.exits or sorted(parts & {*range(config.n_layers)}))
-    return Namespace(**vars(args) | more, load=partial(load, device=args.device))
+    more |= dict(exits=args.exits or parts, load=partial(load, device=args.device))
+    return Namespace(**vars(args) | more)
 
 
 def title(t: Namespace, *more: str) -> str:
@@ -144,6 +146,14 @@ def markdown(title: str, rows: list[dict]) -> str:
     lines.insert(1, ["-" * width for width in widths])
     cells = ([v.ljust(width) for v, width in zip(line, widths)] for line in lines)
     return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in cells)])
+
+
+def write_csv(file: IO[bytes], rows: list[dict]) -> None:
+    """A line for each row, with medians of measurements."""
+    writer = csv.DictWriter(getwriter("utf-8")(file), rows[0])
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: median(v) if isinstance(v, list) else v for k, v in row.items()})
 
 
 def shown(value: Any) -> str:

@@ -1,20 +1,27 @@
 """Self-speculation against plain decoding: speedup, drafters, sweep."""
 
-import csv
 import os
 from argparse import Namespace
 from collections.abc import Iterable
 from copy import copy
 from functools import partial
 from importlib.util import find_spec
-from io import StringIO
-from pathlib import Path
 from statistics import median
 from typing import IO
 
 import torch
 
-from bench.common import Table, Works, compare, decode_all, engine, progress, target, title
+from bench.common import (
+    Table,
+    Works,
+    compare,
+    decode_all,
+    engine,
+    progress,
+    target,
+    title,
+    write_csv,
+)
 from decode import Sampling, check_request
 from exact import auto_dtype, pack
 from extras.compiled import compile_model
@@ -23,12 +30,6 @@ from extras.lens import choose_exit
 from extras.trace import wanted
 from support.checkpoint import read_json
 from support.runs import RunDirectory
-
-CONFIG = "generation_config.json"
-NOISE = (
-    "Within noise: in one turn or more as fast as the best. It takes 3 turns to tell. "
-    "A speedup is the median of the turns' own ratios."
-)
 
 
 def drafted_table(t: Namespace, who: dict[str, dict], temperature: float = 0.0) -> Table:
@@ -97,22 +98,21 @@ def drafters(args: Namespace) -> list[Table]:
 def sweep(args: Namespace) -> list[Table]:
     """Every exit layer x draft length against the fastest plain decoding, the fastest first.
 
-    Built-in prompts are not those of other commands: settings are not shown on what they were
-    chosen on. Texts end at an EOS.
+    Built-in prompts are not those of other commands. Texts end at an EOS.
     """
     t = target(args, part=0 if args.prompts_file else 1)
     cells = {f"--exit {e} --draft {d}": (e, d) for e in t.exits for d in t.drafts}
     if t.png and not find_spec("matplotlib"):
         raise ValueError("--png needs matplotlib")
-    if t.write:
-        kept(t.ckpt)
-        if not os.access(t.ckpt, os.W_OK):
-            raise ValueError(f"{t.ckpt} cannot be written")
+    t.file = t.ckpt / "generation_config.json"
+    t.kept = read_json(t.file, float) if t.write and t.file.exists() else {}
+    if t.write and not os.access(t.ckpt, os.W_OK):
+        raise ValueError(f"{t.ckpt} cannot be written")
     with wanted(t.csv) as table, wanted(t.png) as picture:
         raw, t.settings["exit_layer"] = t.load(t.dtype), 0  # plain: in the largest graphs
-        how, _ = (1, t.settings["min_confidence"]), Sampling(t.temperature)  # refused before work
+        Sampling(t.temperature)  # what cannot be is refused before the work
         for e, d in cells.values():
-            check_request(raw.config, [0], e, d, *how)
+            check_request(raw.config, [0], e, d, 1, t.settings["min_confidence"])
         own = {e: dict(model=compile_model(copy(raw), e)) if t.compile else {} for e in t.exits}
         who = {
             name: t.settings | dict(exit_layer=e, draft_len=d) | own[e]
@@ -121,10 +121,13 @@ def sweep(args: Namespace) -> list[Table]:
         about, rows = drafted_table(t, who, t.temperature)
         rows = ranked(rows)
         if table:
-            table.write(as_csv(rows, cells).encode())
+            cell = lambda row: dict(zip(("exit", "draft"), cells.get(row["way"], ("", ""))))
+            ends = lambda speeds: dict(lowest=min(speeds), highest=max(speeds))
+            write_csv(table, [cell(row) | row | ends(row["tokens/s"]) for row in rows])
         if picture:
             draw(picture, rows, cells, about)
-    return [("\n".join([about, NOISE, verdict(t, rows, cells)]), rows)]
+    noise = "Within noise: as fast as the best in one turn, or fewer than 3 turns"
+    return [("\n".join([about, noise, verdict(t, rows, cells)]), rows)]
 
 
 def ranked(rows: list[dict]) -> list[dict]:
@@ -135,11 +138,6 @@ def ranked(rows: list[dict]) -> list[dict]:
         near = len(best) < 3 or any(a >= b for a, b in zip(row["tokens/s"], best))
         row["rank"] = "best" if row is rows[0] else "within noise" if near else None
     return rows
-
-
-def kept(ckpt: Path) -> dict:
-    """A checkpoint's settings, {} without a file. Raises CheckpointError if it is damaged."""
-    return read_json(ckpt / CONFIG, float) if (ckpt / CONFIG).exists() else {}
 
 
 def verdict(t: Namespace, rows: list[dict], cells: dict) -> str:
@@ -156,19 +154,8 @@ def verdict(t: Namespace, rows: list[dict], cells: dict) -> str:
         return text  # the command fails
     names = "assistant_early_exit", "num_assistant_tokens", "assistant_confidence_threshold"
     new = dict(zip(names, (*cells[best], confidence)))
-    RunDirectory(t.ckpt, None).write_json(CONFIG, kept(t.ckpt) | new)
-    return f"{text}. Written to {t.ckpt / CONFIG}"
-
-
-def as_csv(rows: list[dict], cells: dict) -> str:
-    """A line for each row, with medians. cells[way]: exit layer, draft length."""
-    lines, text = [["exit", "draft", *rows[0], "lowest", "highest"]], StringIO()
-    for row in rows:
-        values = (median(v) if isinstance(v, list) else v for v in row.values())
-        speeds, cell = row["tokens/s"], cells.get(row["way"], ("", ""))
-        lines.append([*cell, *values, min(speeds), max(speeds)])
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue()
+    RunDirectory(t.ckpt, None).write_json(t.file.name, t.kept | new)
+    return f"{text}. Written to {t.file}"
 
 
 def draw(file: IO[bytes], rows: list[dict], cells: dict, about: str) -> None:

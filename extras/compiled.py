@@ -204,7 +204,7 @@ class Graphs:
         folder.mkdir(parents=True, exist_ok=True)
         rows, length = {0: Dim("rows", min=1, max=ROWS)}, {1: Dim("max_len")}
         dynamic = (*[rows] * 4, {0: Dim("view")}, *[[length] * group] * 2)
-        h, pad_to = model.norm.weight.new_zeros(2, model.config.dim), safe_padding(model)
+        h, pad_to = model.norm.weight.new_zeros(2, model.config.dim), max(safe_padding(model), 1)
         cache = new_cache(model, 128, 1)
         inputs = h, *self.places(0, 2, 64), [*cache.keys[:group]], [*cache.values[:group]]
         file = folder / f"{group} layers.pt2"

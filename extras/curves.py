@@ -32,10 +32,10 @@ def draw(file: IO[bytes], runs: dict) -> None:
     for number, (name, (steps, saves)) in enumerate(runs.items()):
         found, how = saves[-1]["held_out"], dict(color=f"C{number}", marker=".", label=name)
         *_, last = found
-        over_steps.plot(
-            *zip(*((s["step"], s["losses"][last]) for s in steps)), f"C{number}", alpha=0.3
-        )
-        over_steps.plot(*zip(*((s["step"], s["held_out"][last]["loss"]) for s in saves)), **how)
+        trained = [(s["step"], s["losses"][last]) for s in steps]
+        saved = [(s["step"], s["held_out"][last]["loss"]) for s in saves]
+        over_steps.plot(*zip(*trained), how["color"], alpha=0.3)
+        over_steps.plot(*zip(*saved), **how)
         for axis, key in zip(over_exits, ("loss", "agreement")):
             axis.plot([*map(int, found)], [e[key] for e in found.values()], **how)
             axis.set(title=f"held-out {key}", xlabel="exit")

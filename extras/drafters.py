@@ -231,12 +231,12 @@ class Window(SkipLayers):
 
         def attend(l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache.write(l, start, k, v)
-            keys, values = cache.read(l, start + 1)  # (Hkv, S, hd)
+            keys, values = (x[l] for x in cache.read(start + 1))  # (1, Hkv, S, hd)
             if start >= self.first + self.size:
                 ends = slice(0, self.first), slice(-self.size, None)
-                keys, values = (torch.cat([x[:, e] for e in ends], 1) for x in (keys, values))
+                keys, values = (torch.cat([x[:, :, e] for e in ends], 2) for x in (keys, values))
             q = q.transpose(0, 1)[None]
-            mixed = F.scaled_dot_product_attention(q, keys[None], values[None], enable_gqa=True)
+            mixed = F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
             return mixed[0].transpose(0, 1)
 
         for l in range(first, last):

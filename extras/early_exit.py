@@ -72,7 +72,7 @@ def generate_confident(
 
 
 def main() -> None:
-    p = parser("early_exit", "A token leaves at the first exit that is sure of it.", 128)
+    p = parser("early_exit", "A token leaves at the first exit that is sure.", 128, "--prompt")
     add = p.add_argument
     add("--confidence", type=float, default=0.9, metavar="C", help="what is sure; %(default)s")
     add("--exit", type=int, dest="exit_layer", metavar="E", help="the first exit")

@@ -3,13 +3,11 @@
 python -m extras.evaluate --data FILE --png exits.png
 """
 
-import csv
-from argparse import SUPPRESS, Namespace
+from argparse import Namespace
 from copy import deepcopy
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from io import TextIOWrapper
 from itertools import islice
 from math import exp
 from pathlib import Path
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from bench.common import markdown, progress
+from bench.common import markdown, progress, write_csv
 from bench.engine import ideal_speedup
 from decode import check_request, generate
 from exact import MAX_ROWS, pack
@@ -79,17 +77,14 @@ def data_rows(t: Namespace) -> list[dict]:
     seconds = pass_seconds(pack(model)) if last > 1 else max
     for e, total in sums.items():
         loss, agreement = (total / count).tolist()
-        costs = [((d + 1) * seconds(e, 1), seconds(last - e, d + 1)) for d in range(1, MAX_ROWS)]
-        speedup = max(ideal_speedup(agreement, d, *cost) for d, cost in enumerate(costs, 1))
+        costs = lambda d: ((d + 1) * seconds(e, 1), seconds(last - e, d + 1))
+        speedup = max(ideal_speedup(agreement, d, *costs(d)) for d in range(1, MAX_ROWS))
         row = dict(exit=e, loss=loss, perplexity=exp(loss), agreement=agreement)
         rows.append(row | {"ideal speedup": speedup * seconds(last, 1) if e < last else 1.0})
     return rows
 
 
-@cache
-def packed(model: Llama) -> Llama:
-    """A copy that decodes to the bit."""
-    return pack(deepcopy(model))
+packed = cache(lambda model: pack(deepcopy(model)))  # a copy that decodes to the bit
 
 
 class Judge:
@@ -104,8 +99,8 @@ class Judge:
         super().__init__()
         self.model, self.encode, self.t, self.depth = t.model, t.tokenizer.encode, t, depth
         self.size = t.model.config.max_len
-        first = t.tokenizer.eos if t.tokenizer.bos is None else t.tokenizer.bos
-        self.prefix_token_id = first or 0
+        bos, eos = t.tokenizer.bos, t.tokenizer.eos
+        self.prefix_token_id = (eos if bos is None else bos) or 0
 
     def tok_encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self.encode(text, add_special_tokens)
@@ -150,11 +145,11 @@ class Judge:
             count = how.get("max_gen_toks") or how.get("max_new_tokens") or 256
             ids = self.encode(context)[-max(self.size - count, 1) :] or [self.prefix_token_id]
             ends = how.get("until") or []
-            ends = [ends] if isinstance(ends, str) else [end for end in ends if end]
+            ends = [*filter(None, [ends] if isinstance(ends, str) else ends)]
             settings = self.t.settings | dict(max_new_tokens=count) | alone
             stream, text = Stream(self.t.tokenizer, [], ends), ""
-            for token in (n for r in generate(model, ids, **settings) for n in r.emitted):
-                text += stream.feed([token])
+            for r in generate(model, ids, **settings):
+                text += stream.feed(r.emitted)
                 if stream.stopped:
                     break
             texts.append(text + stream.finish())
@@ -194,7 +189,7 @@ def summary_rows(t: Namespace) -> list[dict]:
     for e in t.exits or [own] * (own > 0):
         ways[f"{e} layers alone"] = keep_layers(model, range(e)), plain
         ways[f"{e} layers draft"] = model, plain | dict(exit_layer=e)
-    rows, said = list[dict](), list[list[int]]()
+    rows, full = list[dict](), list[int]()
     for way, (used, how) in ways.items():
         collect(generate(used, prompts[0], **how | dict(max_new_tokens=8)))  # not timed cold
         total, row = Totals(), {"way": way, **dict.fromkeys(ROUGE, 0.0)}
@@ -206,8 +201,8 @@ def summary_rows(t: Namespace) -> list[dict]:
             row |= {name: row[name] + score[name].fmeasure / len(texts) for name in ROUGE}
         row |= {"tokens/s": total.tokens_per_second, "accepted": total.acceptance}
         row |= {"tokens per round": len(total.ids) / len(total.rounds)}
-        said.append(total.ids)
-        rows.append(row | {"identical": said[-1] == said[0]})
+        full = full or total.ids
+        rows.append(row | {"identical": total.ids == full})
     return rows
 
 
@@ -227,7 +222,7 @@ def draw(file: IO[bytes], rows: list[dict]) -> None:
 def main() -> None:
     more = "--exit", "--draft", "--min-confidence", "--full", "--no-verify", "--dtype", "--device"
     p = parser("evaluate", "How good is each exit?", 128, *more)
-    p._option_string_actions["--prompt"].help = SUPPRESS  # it has no meaning here
+    p.set_defaults(no_exact=True)
     add = p.add_mutually_exclusive_group(required=True).add_argument
     add("--data", nargs="+", metavar="FILE", help="texts: loss, agreement, ideal speedup")
     add("--tasks", nargs="+", metavar="NAME", help="tasks of lm-eval")
@@ -241,22 +236,21 @@ def main() -> None:
     t = p.parse_args()
     with command_errors(p.prog), wanted(t.csv) as table, wanted(t.png) as png:
         needed = (t.tasks, "lm_eval"), (t.summaries, "rouge_score"), (t.png, "matplotlib")
-        for given, module in needed:
-            if given and not find_spec(module):
-                raise ValueError(f"this needs a package: pip install {module.replace('_', '-')}")
+        for given, name in needed:
+            if given and not find_spec(name):
+                raise ValueError(f"this needs a package: pip install {name.replace('_', '-')}")
         if t.limit < 1:
             raise ValueError("--limit must be at least 1")
-        t.model, t.tokenizer, _, t.settings = start(Namespace(**vars(t), no_exact=True))
-        if not all(0 < e < t.model.config.n_layers for e in t.exits):
-            raise ValueError(f"--exits must be from 1 to {t.model.config.n_layers - 1}")
+        t.model, t.tokenizer, _, t.settings = start(t)
+        last = t.model.config.n_layers - 1
+        if not all(0 < e <= last for e in t.exits):
+            raise ValueError(f"--exits must be from 1 to {last}")
         rows = (data_rows if t.data else task_rows if t.tasks else summary_rows)(t)
         progress("")
         shown = [{k: v for k, v in row.items() if "_stderr" not in k} for row in rows]
         print(markdown(f"{t.ckpt.name}, {str(t.model.dtype)[6:]}", shown))
         if table:
-            writer = csv.DictWriter(TextIOWrapper(table, write_through=True), rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+            write_csv(table, rows)
         if png:
             draw(png, shown)
 

@@ -111,7 +111,6 @@ def draw(file: IO[bytes], words: list[list[str]], shades: Tensor, needed: list[i
     """
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     layers, count = shades.shape
@@ -132,16 +131,15 @@ def draw(file: IO[bytes], words: list[list[str]], shades: Tensor, needed: list[i
         axis.stairs(line, edges, baseline=None, color="black")
         axis.set(xticks=[], xlim=(shown[0] - 0.5, shown[0] + wide - 0.5), ylabel="exit")
     axis.set(xlabel="token of the text (+: new)")
-    told = "as the last layer", "not so (stronger: surer)"
-    patches = [Patch(color=colours(x), label=text) for x, text in zip((0.85, 0.15), told)]
-    change = Line2D([], [], color="black", label="below: no change")
-    where: dict = dict(loc="outside upper center", ncols=3, frameon=False)
-    figure.legend(handles=[*patches, change], **where)
+    told: dict = {"as the last layer": colours(0.85), "not so (stronger: surer)": colours(0.15)}
+    told["below the line: no change"] = "black"
+    handles = [Patch(color=colour, label=text) for text, colour in told.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(file, dpi=200, format="png")
 
 
 def main() -> None:
-    p = parser("lens", "Show what every exit would say next.", 12)
+    p = parser("lens", "Show what every exit would say next.", 12, "--prompt")
     p.add_argument("--png", type=Path, metavar="FILE", help="draw it, too")
     args = p.parse_args()
     with command_errors(p.prog), wanted(args.png) as file:

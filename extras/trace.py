@@ -21,7 +21,7 @@ from support import console, decode_command
 from support.checkpoint import whole_file
 from support.tokenizer import Stream, Tokenizer, visible
 
-SHARED = "--ckpt", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed"
+SHARED = "--ckpt", "--max-new-tokens", "--temperature", "--top-p", "--seed"
 
 
 def boxes(r: Round) -> list[tuple[str, int]]:
@@ -101,9 +101,9 @@ def parser(name: str, about: str, max_new_tokens: int, *more: str) -> argparse.A
 
 def start(args: argparse.Namespace) -> tuple[Llama, Tokenizer, list[int], dict]:
     """The packed model, its tokenizer, the prompt's ids, generate's settings. Or ValueError."""
-    whole = vars(decode_command.parser().parse_args([])) | vars(args)
-    s = decode_command.Session(argparse.Namespace(**whole), args.prompt)
-    return s.model, s.tokenizer, s.encode(args.prompt), s.settings
+    whole = argparse.Namespace(**vars(decode_command.parser().parse_args([])) | vars(args))
+    s = decode_command.Session(whole, whole.prompt)
+    return s.model, s.tokenizer, s.encode(whole.prompt), s.settings
 
 
 def wanted(path: Path | None) -> AbstractContextManager[IO[bytes] | None]:
@@ -112,7 +112,7 @@ def wanted(path: Path | None) -> AbstractContextManager[IO[bytes] | None]:
 
 
 def main() -> None:
-    own = "--exit", "--draft", "--min-confidence", "--full"
+    own = "--prompt", "--exit", "--draft", "--min-confidence", "--full"
     about = "Each round: guesses that held (✓) or not (✗), and the verifier's token (+)."
     p = parser("trace", about, 64, *own)
     add = p.add_argument

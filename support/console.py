@@ -89,7 +89,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def load(
-    ckpt: Path,
+    ckpt: str | Path,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
     read: Callable[..., Llama] = load_checkpoint,
@@ -102,6 +102,7 @@ def load(
         device = usable_device(device)
     if isinstance(dtype, str):
         dtype = auto_dtype(device) if dtype == "auto" else DTYPES[dtype]
+    ckpt = Path(ckpt)
     if not ckpt.is_dir():
         raise CheckpointError(f"there is no checkpoint directory {ckpt}")
     try:
@@ -113,7 +114,7 @@ def load(
     return read(ckpt, dtype, device), tokenizer
 
 
-def default_settings(ckpt: Path, config: Config, tokenizer: Tokenizer) -> dict:
+def default_settings(ckpt: str | Path, config: Config, tokenizer: Tokenizer) -> dict:
     """exit_layer, draft_len, min_confidence and eos of generate for a checkpoint.
 
     They are what generation_config.json says under transformers' names for them. Else a quarter of

@@ -275,7 +275,9 @@ def main() -> None:
                 compile(trainer)
             if args.init and not trainer.step:
                 save_now()  # shows where the training begins
-            trainer.train(save_now)
+            if trainer.train(save_now):
+                run.say(f"\nstopped at step {trainer.step}; the same command goes on from there")
+                raise SystemExit(130)
             run.say(f"\na checkpoint: python decode.py --ckpt {shlex.quote(args.out)}")
         finally:
             run.close()

@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,8 @@ settings.load_profile("fixed")
 
 
 def pytest_configure(config):
+    # A shell's background jobs, and what they start, would not hear Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     alone = "threads: exactness on all cores; runs alone, without other test processes beside it"
     config.addinivalue_line("markers", alone)
     config.addinivalue_line("filterwarnings", "ignore:torch.distributed is disabled")

@@ -1,7 +1,7 @@
 """The long run: drafters in turns against plain decoding, bit for bit.
 
-    python tests/soak.py                                   20,000 greedy and 20,000 sampled tokens
-    python tests/soak.py --tokens 1000000 --compile --state soak.json     goes on where it stopped
+    python tests/soak.py                                 20,000 greedy and 20,000 sampled tokens
+    python tests/soak.py --tokens 1000000 --compile      compiled, for hours
 
 A turn draws a prompt, and a sampling every second time. It decodes plainly to the end of the
 context, then with each drafter, at an exit, a draft length and a confidence that are drawn too
@@ -10,7 +10,6 @@ differ; exit code 1 if there are any.
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -27,7 +26,6 @@ from decode import Sampling
 from exact import MAX_ROWS, pack
 from extras.compiled import compile_model
 from model import Llama
-from support.checkpoint import read_json, whole_file
 from support.console import DEFAULT_CKPT, DTYPES, command_errors, default_settings, load
 
 WHO = "early exit", "lookup", "lookup+exit", "jacobi"
@@ -67,7 +65,6 @@ def main() -> None:
     add("--dtype", choices=["auto", *DTYPES], default="auto")
     add("--compile", action="store_true")
     add("--seed", type=int, default=0, help="of what is drawn")
-    add("--state", type=Path, metavar="FILE", help="keeps the totals; a run goes on from them")
     args = p.parse_args()
     with command_errors(p.prog):
         model, tokenizer = load(args.ckpt, args.dtype, "cpu")
@@ -79,20 +76,10 @@ def main() -> None:
             pack(model)
         engine = f"{str(model.dtype)[6:]}, {'compiled' if args.compile else 'eager'}"
         threads = torch.get_num_threads()
-        what = dict(ckpt=str(args.ckpt), engine=engine, seed=args.seed)
-        state = what | dict(greedy={}, sampled={})
-        if args.state and args.state.exists():
-            state = read_json(args.state)
-            if any(state.get(name) != value for name, value in what.items()):
-                raise ValueError(f"{args.state} is not of this run, {what}")
-        kinds = [Counter(state[name]) for name in ("greedy", "sampled")]
+        kinds = [Counter(), Counter()]  # greedy, sampled
         while min(total["tokens"] for total in kinds) < args.tokens:
             number = sum(total["turns"] for total in kinds)  # greedy and sampled take turns
             kinds[number % 2] += turn(model, prompts, [*exits], number, args.seed)
-            if args.state:
-                state |= dict(greedy=dict(kinds[0]), sampled=dict(kinds[1]))
-                with whole_file(args.state) as file:
-                    file.write(json.dumps(state, indent=2).encode())
             done = min(total["tokens"] for total in kinds)
             print(f"\r{done:,} of {args.tokens:,}", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)

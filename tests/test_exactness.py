@@ -301,9 +301,9 @@ def test_attention_keeps_rows_apart(count, generator, dtype, groups, heads, head
         same_in_any_company(attend)
 
 
-# Two attentions that give a row other bits: one looks at the number of rows, of which padding makes
-# one number; one takes the mean over rows off and puts it back, and no padding helps.
-@pytest.mark.parametrize("mixes, padding, heights", [(False, 8, {8}), (True, 0, {1})])
+# Two attentions that give a row other bits: one looks at the number of queries, of which padding
+# makes one number; one takes the mean over rows off and puts it back, and no padding helps.
+@pytest.mark.parametrize("mixes, padding, heights", [(False, 16, {16}), (True, 0, {2})])
 def test_attention_that_mixes_rows_is_padded(monkeypatch, mixes, padding, heights):
     ran, plain = [], exact.grouped_attention
 
@@ -313,9 +313,10 @@ def test_attention_that_mixes_rows_is_padded(monkeypatch, mixes, padding, height
         return mixed - mixed.mean(0) + mixed.mean(0) if mixes else mixed
 
     monkeypatch.setattr(exact, "grouped_attention", mixing)
+    config = tiny_config(head_dim=16)  # two heads a group
     for dtype in DTYPES:
-        assert safe_padding(tiny_model(dtype=dtype)) == padding
-    model = pack(tiny_model(damp_from=2, damping=0.3))
+        assert safe_padding(tiny_model(config, dtype=dtype)) == padding
+    model = pack(tiny_model(config, damp_from=2, damping=0.3))
     ran.clear()
     drafted = decode(model, [3, 1, 4], exit_layer=2, draft_len=MAX_ROWS - 1)
     assert set(ran) == heights and {"some", "none"} <= fates(drafted.rounds)

@@ -145,7 +145,7 @@ def test_attention_of_rows_is_that_of_the_sequence(
         cache.write(1, 0, k[:start], v[:start])
         mixed = model.row_attention(cache, start, rows)(1, q[start:], k[start:], v[start:])
         torch.testing.assert_close(mixed.double(), whole, rtol=0, atol=CLOSE[dtype])
-        assert torch.equal(cache.read(1, end)[0], k.transpose(0, 1))
+        assert torch.equal(cache.read(end)[0][1][0], k.transpose(0, 1))
     assert models[0].row_attention is row_attention is not models[1].row_attention
 
 
@@ -173,11 +173,14 @@ def test_the_cache_gives_back_what_was_written():
     """And copies nothing."""
     cache, k = KVQCache(2, 2, 8, 24, 100, 5), torch.randn(3, 2, 8)
     cache.write(1, 4, k, 2 * k)
-    keys, values = cache.read(1, 10)
+    (other, keys), (_, values) = cache.read(10)
     assert keys.untyped_storage().data_ptr() == cache.keys.untyped_storage().data_ptr()
-    assert torch.equal(keys[:, 4:7], k.transpose(0, 1))
-    assert torch.equal(values[:, 4:7], 2 * k.transpose(0, 1))
-    assert not keys[:, :4].any() and not keys[:, 7:].any() and not cache.read(0, 10)[0].any()
+    assert torch.equal(keys[0, :, 4:7], k.transpose(0, 1))
+    assert torch.equal(values[0, :, 4:7], 2 * k.transpose(0, 1))
+    assert not keys[..., :4, :].any() and not keys[..., 7:, :].any() and not other.any()
+    cache.write(0, 2, k, k)
+    assert torch.equal(other[0, :, 2:5], k.transpose(0, 1)), "what is written later shows"
+    assert cache.read(12)[0][0].shape == (1, 2, 12, 8)
 
 
 def test_commit_and_rewind_only_move_the_length():
