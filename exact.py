@@ -165,12 +165,11 @@ def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> 
     the cache is read once for all. They are padded to the rows of mask (at least T * G, S).
     """
     (rows, heads, size), groups = q.shape, keys.shape[1]
-    q = q.view(rows, groups, -1, size).transpose(0, 1)  # (Hkv, T, G, hd)
-    queries = q.reshape(1, groups, -1, size)  # (1, Hkv, T * G, hd)
-    padded = F.pad(queries, (0, 0, 0, mask.shape[0] - queries.shape[2]))
+    q = q.view(rows, groups, -1, size).transpose(0, 1).reshape(1, groups, -1, size)
+    padded = F.pad(q, (0, 0, 0, mask.shape[0] - q.shape[2]))
     mixed = F.scaled_dot_product_attention(padded, keys, values, attn_mask=mask)
-    mixed = mixed[:, :, : queries.shape[2]].view(q.shape)
-    return mixed.transpose(0, 1).reshape(rows, heads, size)
+    mixed = mixed.transpose(1, 2)[:, : q.shape[2]]  # (1, T * G, Hkv, hd)
+    return mixed.view(rows, -1, groups, size).transpose(1, 2).reshape(rows, heads, size)
 
 
 def block_mask(positions: Tensor, view: int, group: int, pad_to: int, dtype: torch.dtype) -> Tensor:
@@ -180,7 +179,7 @@ def block_mask(positions: Tensor, view: int, group: int, pad_to: int, dtype: tor
     up to a multiple of pad_to, see all.
     """
     ends = positions.repeat_interleave(group)
-    ends = F.pad(ends, (0, -ends.shape[0] % pad_to), value=view)
+    ends = F.pad(ends, (0, -ends.shape[0] % pad_to), value=1 << 40)
     later = torch.arange(view, device=ends.device) > ends[:, None]
     return torch.zeros(later.shape, dtype=dtype, device=ends.device).masked_fill_(later, -math.inf)
 
