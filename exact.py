@@ -179,7 +179,7 @@ def block_mask(positions: Tensor, view: int, group: int, pad_to: int, dtype: tor
     up to a multiple of pad_to, see all.
     """
     ends = positions.repeat_interleave(group)
-    ends = F.pad(ends, (0, -ends.shape[0] % pad_to), value=1 << 40)
+    ends = F.pad(ends, (0, -ends.shape[0] % pad_to), value=1 << 40)  # sees all
     later = torch.arange(view, device=ends.device) > ends[:, None]
     return torch.zeros(later.shape, dtype=dtype, device=ends.device).masked_fill_(later, -math.inf)
 

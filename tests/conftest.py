@@ -34,7 +34,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """The longest first: of two processes, none should wait for the other's last."""
-    items.sort(key=lambda item: item.path.name not in ("test_shipped.py", "test_compiled.py"))
+    long = "test_resume.py", "test_shipped.py", "test_compiled.py"
+    items.sort(key=lambda item: item.path.name not in long)
 
 
 @pytest.fixture(scope="session")
