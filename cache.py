@@ -50,7 +50,7 @@ class KVQCache:
         # The same memory as (max_len, n_kv_heads, head_dim) for each layer: a row is one position.
         self._key_rows = [k.transpose(0, 1) for k in self.keys]
         self._value_rows = [v.transpose(0, 1) for v in self.values]
-        self._views: tuple = (0, (), ())
+        self._views: tuple = (-1, (), ())
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Stores k and v (T, n_kv_heads, head_dim) of one layer at positions start..start+T-1."""

@@ -173,10 +173,10 @@ def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> 
 
 
 def block_mask(positions: Tensor, view: int, group: int, pad_to: int, dtype: torch.dtype) -> Tensor:
-    """0 where a query sees a position of the view, else -inf: (T * group, view).
+    """0 where a query sees a position of the view, else -inf.
 
-    The `group` heads of a row see up to its position, of `positions` (T,). Queries that only pad,
-    up to a multiple of pad_to, see all.
+    (T * group, up to a multiple of pad_to, view). The `group` heads of a row see up to its
+    position, of `positions` (T,). Queries that only pad see all.
     """
     ends = positions.repeat_interleave(group)
     ends = F.pad(ends, (0, -ends.shape[0] % pad_to), value=1 << 40)  # sees all

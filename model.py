@@ -20,7 +20,7 @@ their size. Parameters have Hugging Face's names, without the leading `model.`.
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,6 @@ def rotary_frequencies(c: Config) -> Tensor:
     return frequency
 
 
-@lru_cache(maxsize=4)
 def rotary_table(
     c: Config, length: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -209,6 +208,7 @@ class Llama(nn.Module):
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
         self.row_attention = row_attention  # exact.pack puts another function here
+        self._rotary: tuple[Tensor, Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -252,11 +252,12 @@ class Llama(nn.Module):
         return self.unembed(self.run_layers(self.embed(tokens), 0, self.config.n_layers))
 
     def rotary(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
-        """cos and [-sin, sin] (rows, 1, hd) for positions from `start`."""
-        end = start + rows
-        length = 1 << max(end - 1, 255).bit_length()  # a power of two, 256 or more
-        cos, sin = rotary_table(self.config, length, self.dtype, self.device)
-        return cos[start:end], sin[start:end]
+        """cos and [-sin, sin] (rows, 1, hd) for positions from `start`, from a table that grows."""
+        end, kind, table = start + rows, (self.dtype, self.device), self._rotary
+        if table is None or (table[0].dtype, table[0].device) != kind or len(table[0]) < end:
+            length = 1 << max(end - 1, 255).bit_length()  # a power of two, 256 or more
+            table = self._rotary = rotary_table(self.config, length, *kind)
+        return table[0][start:end], table[1][start:end]
 
 
 @torch.inference_mode()

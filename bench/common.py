@@ -149,7 +149,7 @@ def markdown(title: str, rows: list[dict]) -> str:
 
 
 def write_csv(file: IO[bytes], rows: list[dict]) -> None:
-    """A line for each row, with medians of measurements."""
+    """A line for each row, with medians."""
     writer = csv.DictWriter(getwriter("utf-8")(file), rows[0], lineterminator="\n")
     writer.writeheader()
     for row in rows:

@@ -105,12 +105,13 @@ def sweep(args: Namespace) -> list[Table]:
     if t.png and not find_spec("matplotlib"):
         raise ValueError("--png needs matplotlib")
     t.file = t.ckpt / "generation_config.json"
-    t.kept = read_json(t.file, float) if t.write and t.file.exists() else {}
+    if t.write and t.file.exists():
+        read_json(t.file)  # refused before the work
     if t.write and not os.access(t.ckpt, os.W_OK):
         raise ValueError(f"{t.ckpt} cannot be written")
     with wanted(t.csv) as table, wanted(t.png) as picture:
         raw, t.settings["exit_layer"] = t.load(t.dtype), 0  # plain: in the largest graphs
-        Sampling(t.temperature)  # what cannot be is refused before the work
+        Sampling(t.temperature)  # refused before the work
         for e, d in cells.values():
             check_request(raw.config, [0], e, d, 1, t.settings["min_confidence"])
         own = {e: dict(model=compile_model(copy(raw), e)) if t.compile else {} for e in t.exits}
@@ -154,7 +155,8 @@ def verdict(t: Namespace, rows: list[dict], cells: dict) -> str:
         return text  # the command fails
     names = "assistant_early_exit", "num_assistant_tokens", "assistant_confidence_threshold"
     new = dict(zip(names, (*cells[best], confidence)))
-    RunDirectory(t.ckpt, None).write_json(t.file.name, t.kept | new)
+    old = read_json(t.file, float) if t.file.exists() else {}
+    RunDirectory(t.ckpt, None).write_json(t.file.name, old | new)
     return f"{text}. Written to {t.file}"
 
 

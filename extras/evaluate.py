@@ -145,7 +145,7 @@ class Judge:
             count = how.get("max_gen_toks") or how.get("max_new_tokens") or 256
             ids = self.encode(context)[-max(self.size - count, 1) :] or [self.prefix_token_id]
             ends = how.get("until") or []
-            ends = [*filter(None, [ends] if isinstance(ends, str) else ends)]
+            ends = [*filter(None, [ends] if type(ends) is str else ends)]
             settings = self.t.settings | dict(max_new_tokens=count) | alone
             stream, text = Stream(self.t.tokenizer, [], ends), ""
             for r in generate(model, ids, **settings):
@@ -161,7 +161,7 @@ def task_rows(t: Namespace) -> list[dict]:
     api, evaluator = import_module("lm_eval.api.model"), import_module("lm_eval.evaluator")
     kind: Any = type("Judge", (Judge, api.TemplateLM), {})
     try:  # a task is a program, and may fail in any way
-        progress("lm-eval looks for its tasks")
+        progress("lm-eval looks for tasks")
         own = dict(include_path=t.include_path, include_defaults=not t.include_path)
         tasks = import_module("lm_eval.tasks").TaskManager(**own)
         how, rows = dict(tasks=t.tasks, limit=t.limit, task_manager=tasks), []
@@ -238,7 +238,7 @@ def main() -> None:
         needed = (t.tasks, "lm_eval"), (t.summaries, "rouge_score"), (t.png, "matplotlib")
         for given, name in needed:
             if given and not find_spec(name):
-                raise ValueError(f"this needs a package: pip install {name.replace('_', '-')}")
+                raise ValueError(f"a package is missing: pip install {name.replace('_', '-')}")
         if t.limit < 1:
             raise ValueError("--limit must be at least 1")
         t.model, t.tokenizer, _, t.settings = start(t)

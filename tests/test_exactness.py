@@ -301,16 +301,21 @@ def test_attention_keeps_rows_apart(count, generator, dtype, groups, heads, head
         same_in_any_company(attend)
 
 
-# Two attentions that give a row other bits: one looks at the number of queries, of which padding
-# makes one number; one takes the mean over rows off and puts it back, and no padding helps.
-@pytest.mark.parametrize("mixes, padding, heights", [(False, 16, {16}), (True, 0, {2})])
-def test_attention_that_mixes_rows_is_padded(monkeypatch, mixes, padding, heights):
+# Attentions that give a row other bits: by what the number of queries leaves of 8, by that number,
+# by the other rows. No padding helps the last, which takes the mean over rows off and puts it back.
+@pytest.mark.parametrize("by, padding, heights", [
+    ("eights", 8, {8, 16}),
+    ("queries", 16, {16}),
+    ("rows", 0, {2}),
+])  # fmt: skip
+def test_attention_that_mixes_rows_is_padded(monkeypatch, by, padding, heights):
     ran, plain = [], exact.grouped_attention
 
     def mixing(q, keys, values, mask):
         ran.append(len(mask))
-        mixed = plain(q, keys, values, mask) * (1 + len(mask) / 64)
-        return mixed - mixed.mean(0) + mixed.mean(0) if mixes else mixed
+        mixed = plain(q, keys, values, mask)
+        mixed = mixed * (1 + len(mask) % {"eights": 8, "queries": 64, "rows": 1}[by] / 64)
+        return mixed - mixed.mean(0) + mixed.mean(0) if by == "rows" else mixed
 
     monkeypatch.setattr(exact, "grouped_attention", mixing)
     config = tiny_config(head_dim=16)  # two heads a group
