@@ -32,7 +32,7 @@ from support.tokenizer import Stream
 from support.train_command import conversations
 
 WINDOW = 2048  # the most tokens of --data that see each other
-ROWS = 1024  # that are unembedded at once: logits are large
+ROWS = 1024  # that are unembedded at once
 BATCH = 8  # texts whose likelihoods are found together
 ROUGE = ["rouge1", "rouge2", "rougeL"]
 
@@ -73,7 +73,7 @@ def data_rows(t: Namespace) -> list[dict]:
             count += int(kept.sum())
             progress(f"{count} tokens")
     if not count:
-        raise ValueError("the data has no token with a loss")
+        raise ValueError("no token of the data has a loss")
     seconds = pass_seconds(pack(model)) if last > 1 else max
     for e, total in sums.items():
         loss, agreement = (total / count).tolist()
@@ -90,7 +90,7 @@ packed = cache(lambda model: pack(deepcopy(model)))  # a copy that decodes to th
 class Judge:
     """The first `depth` layers as a model of lm-eval, whose TemplateLM has the rest.
 
-    Likelihoods are the plain model's, texts a packed copy's, drafted as t.settings say.
+    Likelihoods are the plain model's, texts a packed copy's, drafted by t.settings.
     """
 
     eot_token_id = prefix_token_id = 0
@@ -229,7 +229,7 @@ def main() -> None:
     add("--summaries", type=Path, metavar="FILE", help="prompts, references: ROUGE, speed")
     add = p.add_argument
     add("--exits", type=int, nargs="+", default=[], metavar="E", help="alone; of --data: all")
-    add("--include-path", type=Path, metavar="DIR", help="tasks of a folder, not lm-eval's own")
+    add("--include-path", type=Path, metavar="DIR", help="tasks of a folder, not lm-eval's")
     add("--limit", type=int, default=1 << 30, metavar="N", help="of each, the first N")
     add("--csv", type=Path, metavar="FILE", help="write the table")
     add("--png", type=Path, metavar="FILE", help="draw it")
