@@ -277,7 +277,7 @@ def test_a_trained_tokenizer_gives_back_every_text(tokenizer, text):
 # --------------------------------------
 # Runs
 
-FEW = "--data tests --batch 2 --seq 32 --steps 3"
+FEW = "--data docs --batch 2 --seq 32 --steps 3"
 
 
 def options(out, text: str, shape=SHAPE) -> list[str]:
