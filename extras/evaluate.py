@@ -206,7 +206,7 @@ def summary_rows(t: Namespace) -> list[dict]:
     return rows
 
 
-def draw(file: IO[bytes], rows: list[dict]) -> None:
+def draw(file: IO[bytes], rows: list[dict], about: str) -> None:
     """A PNG: each column of numbers over the first column."""
     from matplotlib.figure import Figure
 
@@ -216,6 +216,7 @@ def draw(file: IO[bytes], rows: list[dict]) -> None:
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         axis.plot([row[first] for row in rows], [row[name] for row in rows], marker=".")
         axis.set(title=name, xlabel=first)
+    figure.suptitle(about)
     figure.savefig(file, dpi=110, format="png")
 
 
@@ -248,11 +249,12 @@ def main() -> None:
         rows = (data_rows if t.data else task_rows if t.tasks else summary_rows)(t)
         progress("")
         shown = [{k: v for k, v in row.items() if "_stderr" not in k} for row in rows]
-        print(markdown(f"{t.ckpt.name}, {str(t.model.dtype)[6:]}", shown))
+        about = f"{t.ckpt.name}, {str(t.model.dtype)[6:]}"
+        print(markdown(about, shown))
         if table:
             write_csv(table, rows)
         if png:
-            draw(png, shown)
+            draw(png, shown, about)
 
 
 if __name__ == "__main__":
