@@ -158,23 +158,20 @@ def verdict(t: Namespace, rows: list[dict], cells: dict) -> str:
 
 
 def draw(file: IO[bytes], rows: list[dict], cells: dict, about: str) -> None:
-    """A PNG of tokens/s over the exit: a line for each draft length, plain decoding level.
-
-    Bars go from the lowest to the highest.
-    """
+    """A PNG of tokens/s and their range over the exit: a line a draft length, plain one level."""
     from matplotlib.figure import Figure
 
     figure = Figure((7, 4.5), layout="constrained")
     axis, lines = figure.subplots(), dict[int, list]()
     for row in rows:
         (e, d), speeds = cells.get(row["way"], (0, 0)), row["tokens/s"]
-        lines.setdefault(d, []).append((e, median(speeds)))
-        if d:
-            axis.vlines(e, min(speeds), max(speeds), "0.8")
+        lines.setdefault(d, []).append((e, median(speeds), min(speeds), max(speeds)))
     axis.axhline(lines.pop(0)[0][1], color="black", linestyle="--", label="plain decoding")
-    for d, points in sorted(lines.items()):
-        axis.plot(*zip(*sorted(points)), marker=".", label=f"draft {d}")
-    axis.set(xlabel="exit", ylabel="tokens/s", xticks=[e for e, _ in points])
+    for number, d in enumerate(sorted(lines)):
+        exits, medians, low, high = zip(*sorted(lines[d]))
+        axis.plot(exits, medians, f"C{number}", marker=".", label=f"draft {d}")
+        axis.vlines(exits, low, high, f"C{number}", alpha=0.3)
+    axis.set(xlabel="exit", ylabel="tokens/s", xticks=exits)
     figure.suptitle(about, fontsize="small", wrap=True)
     axis.legend()
     figure.savefig(file, dpi=110, format="png")
