@@ -158,7 +158,7 @@ def verdict(t: Namespace, rows: list[dict], cells: dict) -> str:
 
 
 def draw(file: IO[bytes], rows: list[dict], cells: dict, about: str) -> None:
-    """A PNG of tokens/s and their range over the exit: a line a draft length, plain one level."""
+    """A PNG of tokens/s and their range over the exit: a line for each draft length."""
     from matplotlib.figure import Figure
 
     figure = Figure((7, 4.5), layout="constrained")
