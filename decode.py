@@ -88,7 +88,7 @@ def next_token(logits: Tensor, position: int, sampling: Sampling) -> int:
     """The token at `position`: argmax(filter(logits / T) + gumbel(seed, position)).
 
     logits (vocab,). By the Gumbel-max trick this is a sample of softmax(filter(logits / T)). Draft
-    and verifier see the same noise, so like distributions mostly give the same token, and the
+    and verifier see the same noise, so similar distributions mostly give the same token, and the
     verifier's token does not depend on the draft (Daliri, Musco and Suresh, arXiv 2408.07978).
     Temperature 0: argmax(logits).
     """

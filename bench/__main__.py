@@ -93,8 +93,8 @@ def main() -> None:
     if "RANK" in os.environ:  # torchrun's
         several = processes(args)
     with command_errors("bench"), several:
-        if min(args.prompts, args.tokens, args.runs) < 1:
-            raise ValueError("--prompts, --tokens and --runs must be at least 1")
+        if min(args.prompts, args.tokens, args.runs, *(args.exits or [1])) < 1:
+            raise ValueError("--prompts, --tokens, --runs, --exits: at least 1")
         if args.chat > bool(args.prompts_file) or (args.prompts_file and args.task != "code"):
             raise ValueError("--chat goes with --prompts-file, --task without")
         args.device = usable_device(args.device)

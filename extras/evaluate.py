@@ -31,9 +31,9 @@ from support.data import encode, read_corpus, read_prompts
 from support.tokenizer import Stream
 from support.train_command import conversations
 
-WINDOW = 2048  # the most tokens of --data that see each other
+WINDOW = 2048  # tokens of --data that see each other
 ROWS = 1024  # that are unembedded at once
-BATCH = 8  # texts whose likelihoods are found together
+BATCH = 8  # likelihoods found together
 ROUGE = ["rouge1", "rouge2", "rougeL"]
 
 
@@ -73,7 +73,7 @@ def data_rows(t: Namespace) -> list[dict]:
             count += int(kept.sum())
             progress(f"{count} tokens")
     if not count:
-        raise ValueError("no token of the data has a loss")
+        raise ValueError("no token has a loss")
     seconds = pass_seconds(pack(model)) if last > 1 else max
     for e, total in sums.items():
         loss, agreement = (total / count).tolist()
@@ -157,7 +157,7 @@ class Judge:
 
 
 def task_rows(t: Namespace) -> list[dict]:
-    """The metrics of each task: of exits alone, and of the full model."""
+    """Metrics of each task: of exits alone, and of the full model."""
     api, evaluator = import_module("lm_eval.api.model"), import_module("lm_eval.evaluator")
     kind: Any = type("Judge", (Judge, api.TemplateLM), {})
     try:  # a task is a program, and may fail in any way

@@ -142,6 +142,8 @@ def test_compiled_every_exit_has_graphs_of_its_own(sweep, monkeypatch):
 
 @pytest.mark.parametrize("words, text", [
     ("--exits 2 4", "exit layer must be from 0 to 3, not 4"),
+    ("--exits 0 1", "at least 1"),
+    ("--confidence 1", "confidence must be from 0.0"),
     ("--drafts 16", "draft length must be from 1 to 15, not 16"),
     ("--temperature -1", "temperature must be"),
     ("--prompts-file {tmp}/none.jsonl", "no file of prompts at"),
